@@ -1,0 +1,1 @@
+//! Placeholder crate text, replaced as the modules land.
