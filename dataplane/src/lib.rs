@@ -1,1 +1,10 @@
-//! Placeholder crate text, replaced as the modules land.
+//! The I/O path of Unibody: from a guest's descriptor to a disk's block and back.
+//!
+//! It knows nothing of Raft, virtual machines or HTTP. `docs/life-of-a-write.md` and `docs/life-of-a-read.md` walk
+//! through it file by file.
+
+pub mod disk;
+pub mod geometry;
+pub mod ids;
+pub mod memory;
+pub mod replica;
