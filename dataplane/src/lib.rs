@@ -3,6 +3,7 @@
 //! It knows nothing of Raft, virtual machines or HTTP. `docs/life-of-a-write.md` and `docs/life-of-a-read.md` walk
 //! through it file by file.
 
+pub mod config;
 pub mod disk;
 pub mod geometry;
 pub mod ids;
