@@ -1,0 +1,144 @@
+//! `unibody disk`: format and check disks offline; list, add, fail, return and replace disks of a running node.
+
+use std::io::IsTerminal;
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use anyhow::{Context, Result};
+use clap::Subcommand;
+use unibody_control::admin::{Fault, Request, call};
+
+use crate::NodeArgs;
+use crate::output::{self, parse_size};
+
+#[derive(Subcommand)]
+pub(crate) enum DiskCommand {
+    /// Prepare a file or block device for Unibody. Everything on it is lost.
+    Format {
+        /// The file or block device.
+        path: PathBuf,
+        /// Create a file of this size, or grow an existing one to it.
+        #[arg(long, value_parser = parse_size)]
+        size: Option<u64>,
+        /// Size of the journal [default: a 64th of the disk, 1 MiB to 64 MiB].
+        #[arg(long, value_parser = parse_size)]
+        journal: Option<u64>,
+        /// Format even though something is on it.
+        #[arg(long)]
+        force: bool,
+    },
+    /// Verify a whole disk offline. Exit status: 0 clean, 1 damaged, 2 unusable.
+    Check {
+        /// The file or block device; no node may be using it.
+        path: PathBuf,
+        /// Print JSON.
+        #[arg(long)]
+        json: bool,
+    },
+    /// List the disks of a node.
+    List {
+        #[command(flatten)]
+        node: NodeArgs,
+        /// Print JSON.
+        #[arg(long)]
+        json: bool,
+    },
+    /// Give a node another disk.
+    Add {
+        /// A formatted file or block device (`./d2.img`, `/dev/sdb,domain=b`) or `mem:2G`.
+        spec: String,
+        #[command(flatten)]
+        node: NodeArgs,
+    },
+    /// Take a disk out of service, as if it had died.
+    Fail {
+        /// Its name in `disk list`.
+        disk: String,
+        #[command(flatten)]
+        node: NodeArgs,
+    },
+    /// Put a failed disk back into service; it gets exactly what it missed.
+    Return {
+        /// Its name in `disk list`.
+        disk: String,
+        #[command(flatten)]
+        node: NodeArgs,
+    },
+    /// Give a failed disk's place to another disk, which gets everything.
+    Replace {
+        /// The failed disk's name in `disk list`.
+        disk: String,
+        /// The new disk, as for `add`.
+        spec: String,
+        #[command(flatten)]
+        node: NodeArgs,
+    },
+    /// Make a disk misbehave, for drills: none, read-errors, write-errors, flush-errors, rot, stuck or delay=MS.
+    Fault {
+        /// Its name in `disk list`.
+        disk: String,
+        /// The fault.
+        #[arg(value_parser = parse_fault)]
+        fault: Fault,
+        #[command(flatten)]
+        node: NodeArgs,
+    },
+}
+
+fn parse_fault(text: &str) -> Result<Fault, String> {
+    Ok(match text {
+        "none" => Fault::None,
+        "read-errors" => Fault::ReadErrors,
+        "write-errors" => Fault::WriteErrors,
+        "flush-errors" => Fault::FlushErrors,
+        "rot" => Fault::Rot,
+        "stuck" => Fault::Stuck,
+        _ => match text.strip_prefix("delay=").map(str::parse) {
+            Some(Ok(ms)) => Fault::Delay(ms),
+            _ => return Err("use none, read-errors, write-errors, flush-errors, rot, stuck or delay=MILLISECONDS".into()),
+        },
+    })
+}
+
+pub(crate) fn run(command: DiskCommand) -> Result<ExitCode> {
+    match command {
+        DiskCommand::Format { path, size, journal, force } => {
+            let uuid = unibody_control::node::format_disk(&path, size, journal, force)
+                .with_context(|| format!("{} was not formatted", path.display()))?;
+            println!("{}: formatted, disk {uuid}", path.display());
+        }
+        DiskCommand::Check { path, json } => return check(&path, json),
+        DiskCommand::List { node, json } => output::disks(&node, json)?,
+        DiskCommand::Add { spec, node } => drop(call(&node.control, &Request::DiskAdd { spec })?),
+        DiskCommand::Fail { disk, node } => drop(call(&node.control, &Request::DiskFail { disk })?),
+        DiskCommand::Return { disk, node } => drop(call(&node.control, &Request::DiskReturn { disk })?),
+        DiskCommand::Replace { disk, spec, node } => {
+            drop(call(&node.control, &Request::DiskReplace { disk, spec })?);
+        }
+        DiskCommand::Fault { disk, fault, node } => drop(call(&node.control, &Request::DiskFault { disk, fault })?),
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+fn check(path: &std::path::Path, json: bool) -> Result<ExitCode> {
+    let show = std::io::stderr().is_terminal() && !json;
+    let mut shown = u64::MAX;
+    let mut progress = |done: u64, total: u64| {
+        let percent = done.saturating_mul(100) / total.max(1);
+        if show && percent != shown {
+            shown = percent;
+            eprint!("\rchecking {}: {percent} %", path.display());
+        }
+    };
+    let report = unibody_control::node::check_disk(path, &mut progress);
+    if show {
+        eprintln!();
+    }
+    let report = report?;
+    if json {
+        println!("{}", report.json());
+    } else {
+        print!("{report}");
+    }
+    Ok(ExitCode::from(report.exit_status()))
+}
