@@ -225,7 +225,9 @@ pub enum CallError {
         source: std::io::Error,
     },
     /// The answer makes no sense.
-    #[error("the node at {path} answered something else than this program understands: are both of one version?")]
+    #[error(
+        "the node at {path} answered something else than this program understands: are both of one version?"
+    )]
     Garbled {
         /// The socket.
         path: PathBuf,
@@ -243,14 +245,24 @@ pub enum CallError {
 /// When there is no node, it went away, or it refused.
 pub fn call(socket: &Path, request: &Request) -> Result<serde_json::Value, CallError> {
     let path = socket.to_path_buf();
-    let stream = UnixStream::connect(socket).map_err(|source| CallError::NoNode { path: path.clone(), source })?;
-    let lost = |source| CallError::Lost { path: path.clone(), source };
-    stream.set_read_timeout(Some(Duration::from_secs(600))).map_err(lost)?;
+    let stream = UnixStream::connect(socket).map_err(|source| CallError::NoNode {
+        path: path.clone(),
+        source,
+    })?;
+    let lost = |source| CallError::Lost {
+        path: path.clone(),
+        source,
+    };
+    stream
+        .set_read_timeout(Some(Duration::from_secs(600)))
+        .map_err(lost)?;
     let mut line = serde_json::to_vec(request).expect("requests have string keys only");
     line.push(b'\n');
     (&stream).write_all(&line).map_err(lost)?;
     let mut answer = String::new();
-    BufReader::new(stream.take(LINE_MAX)).read_line(&mut answer).map_err(lost)?;
+    BufReader::new(stream.take(LINE_MAX))
+        .read_line(&mut answer)
+        .map_err(lost)?;
     if answer.is_empty() {
         return Err(lost(std::io::ErrorKind::UnexpectedEof.into()));
     }

@@ -1,1 +1,12 @@
-//! Placeholder crate text, replaced as the modules land.
+//! What a node knows and decides apart from moving data: disks, volumes, placement, and the agent that acts on it.
+//!
+//! `state` holds the rules, `planner` the placement, `local` keeps the state for one node; `admin` is what an operator's
+//! program says, `node` is the agent.
+
+pub mod admin;
+pub mod local;
+pub mod planner;
+pub mod state;
+
+#[cfg(test)]
+mod rules;

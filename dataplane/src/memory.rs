@@ -31,7 +31,6 @@ pub struct Payload {
     segs: *const Seg,
     count: u32,
     skip: u32,
-    owner: u32,
 }
 
 // SAFETY: a payload is a name; the memory behind it is kept by the request's owner until the request is answered, on
@@ -44,7 +43,6 @@ impl Payload {
         segs: std::ptr::null(),
         count: 0,
         skip: 0,
-        owner: u32::MAX,
     };
 
     /// Names the bytes of `segs`. The list itself must stay where it is, see the module's rule.
@@ -52,19 +50,8 @@ impl Payload {
         Payload {
             segs: segs.as_ptr(),
             count: segs.len() as u32,
-            ..Payload::NONE
+            skip: 0,
         }
-    }
-
-    /// The same bytes, marked as belonging to `owner`: whoever made the payload counts by it how many requests still
-    /// carry it. `u32::MAX` means that nobody counts.
-    pub fn owned_by(self, owner: u32) -> Self {
-        Payload { owner, ..self }
-    }
-
-    /// See [`Payload::owned_by`].
-    pub fn owner(self) -> Option<u32> {
-        (self.owner != u32::MAX).then_some(self.owner)
     }
 
     /// The same bytes from `bytes` on.

@@ -1,0 +1,315 @@
+//! The control state of one node, kept in a directory: what a Raft log will keep for a cluster.
+//!
+//! The whole state is one JSON file, replaced atomically (written beside, flushed, renamed, directory flushed) before a
+//! change is published, with a format version and a blake3 checksum. The directory is locked while a node runs.
+
+use std::fs::{self, File, OpenOptions};
+use std::io::{self, Write};
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+
+use crate::state::{Applied, Command, FORMAT, Refused, State};
+
+const FILE: &str = "state.json";
+const MAGIC: &str = "unibody state";
+
+/// Why the state can not be opened.
+#[derive(Debug, thiserror::Error)]
+pub enum OpenError {
+    /// The system said no.
+    #[error("{doing} {path} failed")]
+    System {
+        /// What was being done.
+        doing: &'static str,
+        /// To what.
+        path: PathBuf,
+        /// Why not.
+        source: io::Error,
+    },
+    /// Another node runs on it.
+    #[error("{0} is in use by a running node: stop that one, or give this one a --state of its own")]
+    InUse(PathBuf),
+    /// Not one of our files.
+    #[error("{path} is not a state file of Unibody: {why}. Nothing was changed; move it away to start anew")]
+    Foreign {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        why: String,
+    },
+    /// From the future.
+    #[error("{path} has format {found}, this program knows {FORMAT}: use the newer program")]
+    Newer {
+        /// The file.
+        path: PathBuf,
+        /// Its format.
+        found: u32,
+    },
+    /// Bits have changed.
+    #[error("{path} is damaged: {why}. Nothing was changed; restore it from a backup")]
+    Damaged {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        why: String,
+    },
+}
+
+/// Why a change did not happen.
+#[derive(Debug, thiserror::Error)]
+pub enum ExecuteError {
+    /// A rule forbids it.
+    #[error(transparent)]
+    Refused(#[from] Refused),
+    /// It could not be made durable; the state is as it was.
+    #[error("the node's state could not be written to {path}")]
+    Write {
+        /// The file.
+        path: PathBuf,
+        /// Why not.
+        source: io::Error,
+    },
+}
+
+/// The file around the state: what can be read of any version.
+#[derive(Serialize, Deserialize)]
+struct Envelope<'a> {
+    magic: String,
+    format: u32,
+    blake3: String,
+    #[serde(borrow)]
+    state: &'a serde_json::value::RawValue,
+}
+
+/// See the module.
+#[derive(Debug)]
+pub struct LocalState {
+    state: State,
+    home: Option<(PathBuf, File)>,
+}
+
+impl LocalState {
+    /// A state that is forgotten with the process: for disks that keep nothing.
+    pub fn in_memory() -> Self {
+        LocalState {
+            state: State::default(),
+            home: None,
+        }
+    }
+
+    /// Opens the state in `dir`, which is made if it is not there.
+    ///
+    /// # Errors
+    /// When it is in use, foreign, newer or damaged, or the system refuses.
+    pub fn open(dir: &Path) -> Result<Self, OpenError> {
+        let system = |doing, path: &Path| {
+            let path = path.to_path_buf();
+            move |source| OpenError::System { doing, path, source }
+        };
+        fs::create_dir_all(dir).map_err(system("making the directory", dir))?;
+        let lock_path = dir.join("lock");
+        let lock = OpenOptions::new()
+            .create(true)
+            .truncate(false)
+            .write(true)
+            .open(&lock_path)
+            .map_err(system("opening", &lock_path))?;
+        match lock.try_lock() {
+            Ok(()) => {}
+            Err(fs::TryLockError::WouldBlock) => return Err(OpenError::InUse(dir.to_path_buf())),
+            Err(fs::TryLockError::Error(source)) => return Err(system("locking", &lock_path)(source)),
+        }
+        let path = dir.join(FILE);
+        let state = match fs::read(&path) {
+            Ok(bytes) => decode(&bytes).map_err(|error| error.at(&path))?,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => State::default(),
+            Err(source) => return Err(system("reading", &path)(source)),
+        };
+        Ok(LocalState {
+            state,
+            home: Some((path, lock)),
+        })
+    }
+
+    /// The state as it is now, durable.
+    pub fn state(&self) -> &State {
+        &self.state
+    }
+
+    /// Changes the state durably.
+    ///
+    /// # Errors
+    /// When a rule forbids it or it can not be written; then nothing was changed.
+    pub fn execute(&mut self, command: &Command) -> Result<Applied, ExecuteError> {
+        let mut next = self.state.clone();
+        let applied = next.apply(command)?;
+        if let Some((path, _)) = &self.home {
+            replace(path, &encode(&next)).map_err(|source| ExecuteError::Write {
+                path: path.clone(),
+                source,
+            })?;
+        }
+        self.state = next;
+        Ok(applied)
+    }
+}
+
+fn encode(state: &State) -> Vec<u8> {
+    let text = serde_json::to_string(state).expect("the state has string keys only");
+    let blake3 = blake3::hash(text.as_bytes()).to_hex().to_string();
+    let state = serde_json::value::RawValue::from_string(text).expect("it was just serialised");
+    let envelope = Envelope {
+        magic: MAGIC.into(),
+        format: FORMAT,
+        blake3,
+        state: &state,
+    };
+    let mut bytes = serde_json::to_vec(&envelope).expect("an envelope has string keys only");
+    bytes.push(b'\n');
+    bytes
+}
+
+enum DecodeError {
+    Foreign(String),
+    Newer(u32),
+    Damaged(String),
+}
+
+impl DecodeError {
+    fn at(self, path: &Path) -> OpenError {
+        let path = path.to_path_buf();
+        match self {
+            DecodeError::Foreign(why) => OpenError::Foreign { path, why },
+            DecodeError::Newer(found) => OpenError::Newer { path, found },
+            DecodeError::Damaged(why) => OpenError::Damaged { path, why },
+        }
+    }
+}
+
+fn decode(bytes: &[u8]) -> Result<State, DecodeError> {
+    let envelope: Envelope<'_> =
+        serde_json::from_slice(bytes).map_err(|error| DecodeError::Foreign(error.to_string()))?;
+    if envelope.magic != MAGIC {
+        return Err(DecodeError::Foreign(format!(
+            "it begins with {:?}",
+            envelope.magic
+        )));
+    }
+    if envelope.format > FORMAT {
+        return Err(DecodeError::Newer(envelope.format));
+    }
+    let text = envelope.state.get();
+    if blake3::hash(text.as_bytes()).to_hex().as_str() != envelope.blake3 {
+        return Err(DecodeError::Damaged("its checksum does not match".into()));
+    }
+    let state: State = serde_json::from_str(text).map_err(|error| DecodeError::Damaged(error.to_string()))?;
+    state.check().map_err(DecodeError::Damaged)?;
+    Ok(state)
+}
+
+/// Decodes a state file's bytes; for fuzzing. Never panics.
+pub fn fuzz_state(bytes: &[u8]) {
+    if let Ok(state) = decode(bytes) {
+        assert!(
+            decode(&encode(&state)).is_ok_and(|again| again == state),
+            "a state that can be read can be written"
+        );
+    }
+}
+
+fn replace(path: &Path, bytes: &[u8]) -> io::Result<()> {
+    let fresh = path.with_extension("new");
+    let mut file = File::create(&fresh)?;
+    file.write_all(bytes)?;
+    file.sync_all()?;
+    fs::rename(&fresh, path)?;
+    File::open(path.parent().unwrap_or(Path::new(".")))?.sync_all()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use unibody_dataplane::ids::DiskUuid;
+
+    fn add_disk(n: u128) -> Command {
+        Command::AddDisk {
+            disk: DiskUuid(n),
+            domain: format!("d{n}"),
+            bytes: 1 << 30,
+        }
+    }
+
+    #[test]
+    fn what_was_executed_is_there_after_a_restart() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut local = LocalState::open(dir.path()).unwrap();
+        local.execute(&add_disk(1)).unwrap();
+        local.execute(&add_disk(2)).unwrap();
+        let before = local.state().clone();
+        drop(local);
+        assert_eq!(LocalState::open(dir.path()).unwrap().state(), &before);
+    }
+
+    #[test]
+    fn two_nodes_can_not_share_a_state() {
+        let dir = tempfile::tempdir().unwrap();
+        let _first = LocalState::open(dir.path()).unwrap();
+        assert!(matches!(LocalState::open(dir.path()), Err(OpenError::InUse(_))));
+    }
+
+    #[test]
+    fn every_changed_byte_is_noticed() {
+        let mut state = State::default();
+        state.apply(&add_disk(7)).unwrap();
+        let bytes = encode(&state);
+        assert_eq!(decode(&bytes).ok(), Some(state.clone()));
+        for at in 0..bytes.len() {
+            let mut changed = bytes.clone();
+            changed[at] ^= 1;
+            // White space and the case of hexadecimal digits do not matter; anything else must be refused.
+            if let Ok(read) = decode(&changed) {
+                assert_eq!(read, state, "byte {at} changed the state unnoticed");
+            }
+        }
+        for len in 0..bytes.len() - 1 {
+            assert!(
+                decode(&bytes[..len]).is_err(),
+                "a file cut to {len} bytes was taken"
+            );
+        }
+    }
+
+    #[test]
+    fn a_newer_format_is_refused_as_such() {
+        let text = String::from_utf8(encode(&State::default())).unwrap();
+        let newer = text.replacen("\"format\":1", "\"format\":2", 1);
+        assert!(matches!(decode(newer.as_bytes()), Err(DecodeError::Newer(2))));
+    }
+
+    #[test]
+    fn the_file_of_format_1_is_as_it_was() {
+        let mut state = State::default();
+        state.apply(&add_disk(0xabc)).unwrap();
+        let instance = 5;
+        let chunks = vec![vec![DiskUuid(0xabc)]];
+        let create = Command::CreateVolume {
+            name: "v".into(),
+            size: 1 << 20,
+            mirror: 1,
+            stripe_unit: 1 << 18,
+            stripe_width: 1,
+            read_only: false,
+            instance,
+            chunks,
+        };
+        state.apply(&create).unwrap();
+        let golden = include_str!("../golden/state-1.json");
+        assert_eq!(
+            String::from_utf8(encode(&state)).unwrap(),
+            golden,
+            "the format changed: raise FORMAT and keep reading the old one"
+        );
+        assert_eq!(decode(golden.as_bytes()).ok(), Some(state));
+    }
+}
