@@ -17,6 +17,7 @@ use crate::reactor::Ring;
 use crate::replica::Crcs;
 
 pub mod faulty;
+mod faulty_cache;
 pub mod file;
 pub mod memory_disk;
 pub mod null;

@@ -91,6 +91,8 @@ struct Polled {
     registered: Option<u32>,
     in_kernel: usize,
     events: Vec<crate::reactor::Event>,
+    /// The device turned out not to poll after all (a read of a hole, as at the start, never reaches it).
+    refused: bool,
 }
 
 // SAFETY: the raw pointers in `ops` are names of memory that is kept by the askers, on whatever thread (`Disk::submit`).
@@ -167,6 +169,7 @@ impl UringDisk {
             registered,
             in_kernel: 0,
             events,
+            refused: false,
         })
     }
 
@@ -316,8 +319,8 @@ impl UringDisk {
         let (ptr, len) = (pieces[0].iov_base.cast::<u8>(), pieces[0].iov_len as u32);
         let vector = pieces.as_ptr();
         let (lookup, file) = match &self.iopoll {
-            Some(polled) => (&polled.ring, polled.registered),
-            None => (&*ring, self.registered),
+            Some(polled) if !polled.refused => (&polled.ring, polled.registered),
+            _ => (&*ring, self.registered),
         };
         let fixed = (count == 1 && self.info.direct)
             .then(|| lookup.registered(ptr, len as usize))
@@ -347,7 +350,7 @@ impl UringDisk {
             None => build!(types::Fd(self.file.fd())),
         };
         let tag = self.tag(index);
-        let Some(polled) = &mut self.iopoll else {
+        let Some(polled) = self.iopoll.as_mut().filter(|polled| !polled.refused) else {
             return self.push(ring, entry, index);
         };
         // SAFETY: as in `push`.
@@ -426,6 +429,15 @@ impl UringDisk {
                 )
             {
                 self.zero_mode = self.zero_mode.max(mode + 1);
+                return None;
+            }
+            if errno == libc::EOPNOTSUPP
+                && let Some(polled) = &mut self.iopoll
+                && op.again < AGAIN_MAX
+            {
+                polled.refused = true;
+                self.info.iopoll = false;
+                op.again = AGAIN_MAX;
                 return None;
             }
             if matches!(errno, libc::EAGAIN | libc::EINTR) && op.again < AGAIN_MAX {
