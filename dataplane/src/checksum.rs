@@ -14,7 +14,7 @@ use crate::memory::Payload;
 /// The checksum of private bytes.
 #[inline]
 pub fn crc32c(bytes: &[u8]) -> u32 {
-    ::crc32c::crc32c(bytes)
+    crc_fast::crc32_iscsi(bytes)
 }
 
 /// Private memory for one block.
