@@ -136,10 +136,12 @@ impl Load {
     }
 }
 
-fn disks() -> (tempfile::TempDir, Vec<(&'static str, Box<dyn Disk>)>) {
+type Named = (&'static str, Box<dyn Disk>);
+
+fn disks() -> (tempfile::TempDir, Vec<Named>) {
     let dir = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
     let file = |name| DiskFile::create(&dir.path().join(name), DISK).unwrap();
-    let disks: Vec<(&'static str, Box<dyn Disk>)> = vec![
+    let disks: Vec<Named> = vec![
         ("null", Box::new(NullDisk::new(DISK))),
         ("memory", Box::new(MemoryDisk::new(DISK).unwrap())),
         (

@@ -10,6 +10,7 @@ use std::io;
 use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use super::{BlockIo, DiskInfo, DiskKind, IoError};
 use crate::ids::BLOCK;
@@ -70,8 +71,20 @@ const BLKGETSIZE64: libc::Ioctl = 0x8008_1272u32 as libc::Ioctl;
 const BLKSSZGET: libc::Ioctl = 0x1268;
 const TMPFS_MAGIC: i64 = 0x0102_1994;
 
+/// How often and how long a disk that seems in use is tried again: 1 s together.
+const GHOST_TRIES: u32 = 50;
+const GHOST_PAUSE: Duration = Duration::from_millis(20);
+
+impl Drop for DiskFile {
+    fn drop(&mut self) {
+        // A ring that is being torn down may hold the file open for a while; the lock ends here.
+        // SAFETY: no pointer is passed.
+        unsafe { libc::flock(self.file.as_raw_fd(), libc::LOCK_UN) };
+    }
+}
+
 impl DiskFile {
-    /// Opens what is there.
+    /// Opens what is there. One that is in use is waited for, a second at most.
     ///
     /// # Errors
     /// See [`OpenError`].
@@ -84,6 +97,19 @@ impl DiskFile {
         } else {
             return Err(OpenError::Kind(path.to_owned()));
         };
+        // The kernel lets go of the files of a ring only some time after its process has died: a node that is started
+        // again at once must not take its predecessor's ghost for another owner.
+        let mut patience = GHOST_TRIES;
+        loop {
+            match Self::claim(path, kind) {
+                Err(OpenError::InUse(_)) if patience > 0 => patience -= 1,
+                claimed => return claimed,
+            }
+            std::thread::sleep(GHOST_PAUSE);
+        }
+    }
+
+    fn claim(path: &Path, kind: DiskKind) -> Result<Self, OpenError> {
         // On a block device O_EXCL without O_CREAT is the kernel's exclusive claim.
         let exclusive = if kind == DiskKind::BlockDevice {
             libc::O_EXCL
@@ -321,7 +347,10 @@ impl FileBlocks {
     fn check(&self, offset: u64, len: u64) {
         let (block, bytes) = (BLOCK as u64, self.disk.info.bytes);
         assert!(
-            offset % block == 0 && len % block == 0 && offset <= bytes && len <= bytes - offset,
+            offset.is_multiple_of(block)
+                && len.is_multiple_of(block)
+                && offset <= bytes
+                && len <= bytes - offset,
             "{len} bytes at {offset}: not whole blocks of a disk of {bytes} bytes"
         );
     }

@@ -47,9 +47,6 @@ impl MemoryDisk {
         if base == libc::MAP_FAILED {
             return Err(io::Error::last_os_error());
         }
-        // Fewer page faults and TLB misses where the system grants it; nothing depends on it.
-        // SAFETY: advice on our own mapping.
-        unsafe { libc::madvise(base, len, libc::MADV_HUGEPAGE) };
         Ok(MemoryDisk {
             base: NonNull::new(base.cast()).expect("mmap without MAP_FIXED does not return null"),
             info: DiskInfo {
@@ -130,15 +127,15 @@ impl Disk for MemoryDisk {
                 // the caller keeps the payload. Payloads never lie in a disk's memory.
                 unsafe { checksum::copy_out(self.at(offset), data, sums) };
             }
-            // SAFETY: as above.
             Io::Read {
                 offset,
                 len,
                 data,
                 crcs: false,
-            } => unsafe {
-                checksum::scatter(self.at(offset), data, len as usize);
-            },
+            } => {
+                // SAFETY: as above.
+                unsafe { checksum::scatter(self.at(offset), data, len as usize) };
+            }
             Io::Verify { offset, len } => {
                 for (i, crc) in crcs[..len as usize / BLOCK].iter_mut().enumerate() {
                     // SAFETY: inside our mapping (checked), private, and not changed while we look.
@@ -195,7 +192,7 @@ impl BlockIo for MemoryDisk {
         self.check_range(offset, len);
         let block = BLOCK as u64;
         assert!(
-            offset % block == 0 && len % block == 0,
+            offset.is_multiple_of(block) && len.is_multiple_of(block),
             "zeroing {len} bytes at {offset}: not whole blocks"
         );
         self.zero(offset, len as usize);

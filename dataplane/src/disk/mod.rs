@@ -135,7 +135,7 @@ impl Io {
         };
         let block = BLOCK as u64;
         assert!(
-            offset % block == 0 && u64::from(len) % block == 0 && len > 0 && len <= max,
+            offset.is_multiple_of(block) && u64::from(len).is_multiple_of(block) && len > 0 && len <= max,
             "misshapen {self:?}"
         );
         assert!(
