@@ -3,9 +3,12 @@
 //! It knows nothing of Raft, virtual machines or HTTP. `docs/life-of-a-write.md` and `docs/life-of-a-read.md` walk
 //! through it file by file.
 
+pub mod buffers;
+pub mod checksum;
 pub mod config;
 pub mod disk;
 pub mod geometry;
 pub mod ids;
 pub mod memory;
+pub mod reactor;
 pub mod replica;
