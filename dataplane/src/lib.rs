@@ -5,6 +5,7 @@
 
 pub mod config;
 pub mod disk;
+pub mod frontend;
 pub mod geometry;
 pub mod ids;
 pub mod memory;
