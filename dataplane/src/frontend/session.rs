@@ -189,7 +189,9 @@ impl Session {
             None => None,
             Some(log) => match Log::new(Arc::clone(log), index as u16, vring.size) {
                 None => {
-                    return Err(self.refuse(format_args!("queue {index} has no room in the in-flight region")));
+                    return Err(
+                        self.refuse(format_args!("queue {index} has no room in the in-flight region"))
+                    );
                 }
                 log => log,
             },
