@@ -7,6 +7,7 @@ pub mod buffers;
 pub mod checksum;
 pub mod config;
 pub mod disk;
+pub mod frontend;
 pub mod geometry;
 pub mod ids;
 pub mod memory;

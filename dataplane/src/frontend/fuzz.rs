@@ -1,0 +1,3 @@
+//! Entry point for fuzzing.
+/// Placeholder
+pub fn fuzz_chain(_data: &[u8]) {}
