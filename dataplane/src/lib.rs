@@ -8,5 +8,6 @@ pub mod disk;
 pub mod geometry;
 pub mod ids;
 pub mod memory;
+pub mod mirror;
 pub mod planted;
 pub mod replica;
