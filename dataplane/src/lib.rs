@@ -3,6 +3,8 @@
 //! It knows nothing of Raft, virtual machines or HTTP. `docs/life-of-a-write.md` and `docs/life-of-a-read.md` walk
 //! through it file by file.
 
+
+mod shard;
 pub mod buffers;
 pub mod checksum;
 pub mod config;
@@ -11,10 +13,9 @@ pub mod frontend;
 pub mod geometry;
 pub mod ids;
 pub mod memory;
-<<<<<<< HEAD
-pub mod reactor;
-=======
 pub mod mirror;
+pub mod plane;
 pub mod planted;
->>>>>>> mirror
+pub mod reactor;
 pub mod replica;
+pub mod store;

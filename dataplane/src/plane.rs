@@ -1,0 +1,303 @@
+//! The data plane as its control threads see it: a handle that starts reactors and sends them commands.
+//!
+//! Every disk and every volume belongs to one reactor, given round-robin by its index. What the control threads want done
+//! goes there as a [`Command`] through the reactor's mailbox; what a reactor has to say comes back as an [`Event`].
+//! None of this is on the path of a guest's request.
+
+use std::io;
+use std::sync::Arc;
+use std::sync::mpsc;
+use std::time::Duration;
+
+use crate::config::{Outcome, Proposal, VolumeConfig};
+use crate::disk::Disk;
+use crate::frontend::Queue;
+use crate::ids::{BootId, DiskUuid, PowerId, VolumeId};
+use crate::mirror::MirrorStatus;
+use crate::reactor::mailbox::{Sender, Waker, mailbox};
+use crate::reactor::pin::{Pinned, spawn_pinned};
+use crate::shard::{Message, Shard};
+use crate::store::{Store, StoreStats};
+
+/// Most disks of a node.
+pub const DISKS_MAX: usize = 256;
+/// Most volumes of a node.
+pub const VOLUMES_MAX: usize = 4096;
+/// Messages a reactor's mailbox holds.
+const MAILBOX: usize = 4096;
+
+/// A disk of this node, densely numbered.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct DiskIndex(pub u16);
+
+/// A volume of this node, densely numbered.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct VolumeIndex(pub u16);
+
+/// What answers for a disk on its reactor.
+pub enum DiskService {
+    /// An opened store and the device under it.
+    Store(Box<Store>, Box<dyn Disk>),
+    /// Nothing: everything is done at once and nothing is kept.
+    Null,
+}
+
+/// A disk is there, for all who replicate to it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct DiskUp {
+    /// Its number on this node.
+    pub index: DiskIndex,
+    /// Which disk it is.
+    pub uuid: DiskUuid,
+    /// Its present boot.
+    pub boot: BootId,
+    /// Its present span of power.
+    pub power: PowerId,
+    /// I/O on it ends within the call that submits it, so that none can be left outstanding.
+    pub inline: bool,
+    /// It keeps nothing, so that there is no point in copying what is written to it.
+    pub null: bool,
+}
+
+/// What a reactor has to say. There is at most one proposal outstanding a volume and one failure a disk, so the channel
+/// holds a bounded number of these.
+#[derive(Debug)]
+pub enum Event {
+    /// A volume's owner asks for a change.
+    Proposal(VolumeIndex, VolumeId, Proposal),
+    /// A disk has failed; its store answers nothing any more and the device was let go.
+    DiskFailed(DiskIndex, String),
+    /// A volume is being served.
+    Attached {
+        /// Which.
+        volume: VolumeIndex,
+        /// Acknowledged, unflushed writes may be gone with the power: a guest that was not restarted must not go on.
+        power_lost: bool,
+    },
+    /// A disk has answered nothing for too long.
+    Silent(DiskIndex),
+    /// Half of a generation's versions are used: attach the volume anew soon.
+    NewGeneration(VolumeIndex),
+    /// Another owner has the volume: all its I/O fails now.
+    Fenced(VolumeIndex),
+    /// The last replicas of a chunk forgot acknowledged writes: all I/O fails until the volume is attached anew.
+    Failed(VolumeIndex),
+}
+
+/// Counters of one reactor.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct ReactorStats {
+    /// The core it is pinned to.
+    pub core: usize,
+    /// Turns of the loop.
+    pub turns: u64,
+    /// Of these, turns that found work.
+    pub busy_turns: u64,
+    /// Times it slept.
+    pub sleeps: u64,
+    /// Calls of `io_uring_enter`.
+    pub enters: u64,
+    /// Requests taken from guests.
+    pub requests: u64,
+    /// Requests answered with an error.
+    pub errors: u64,
+    /// Bytes copied from guest memory into private memory (once a write).
+    pub copied_in: u64,
+    /// Bytes copied from private memory into guest memory (reads from disks that answer late, and unaligned ones).
+    pub copied_out: u64,
+    /// Times a request had to wait for an operation slot or a buffer.
+    pub waits: u64,
+    /// Guest queues polled now.
+    pub queues_polled: u64,
+    /// Guest queues that wait for a kick.
+    pub queues_idle: u64,
+}
+
+/// What there is to know of one reactor and what it owns.
+#[derive(Debug, Default)]
+pub struct ShardStatus {
+    /// The reactor.
+    pub reactor: ReactorStats,
+    /// Its disks.
+    pub disks: Vec<(DiskIndex, StoreStats)>,
+    /// Its volumes.
+    pub volumes: Vec<(VolumeIndex, MirrorStatus)>,
+}
+
+/// What a reactor is told. Replies go to the senders inside; a reactor that is gone drops them.
+pub(crate) enum Command {
+    AddDisk(DiskUp, DiskService, mpsc::Sender<io::Result<()>>),
+    /// On every reactor: a replica's disk can be reached.
+    DiskUp(DiskUp),
+    /// On every reactor: it can not be reached any more.
+    DiskDown(DiskIndex),
+    /// On its reactor: as if it had died.
+    FailDisk(DiskIndex),
+    /// On its reactor: flush, mark clean, let go. False: it failed meanwhile.
+    CloseDisk(DiskIndex, mpsc::Sender<bool>),
+    AddVolume(VolumeIndex, VolumeConfig, Vec<DiskUp>),
+    Decided(VolumeIndex, Outcome),
+    Reconfigured(VolumeIndex, VolumeConfig),
+    /// Quiesce, flush, forget.
+    RemoveVolume(VolumeIndex, mpsc::Sender<()>),
+    StartQueue(QueueKey, VolumeIndex, Box<Queue>),
+    StopQueue(QueueKey, mpsc::Sender<Box<Queue>>),
+    Status(mpsc::Sender<ShardStatus>),
+    Stop,
+}
+
+/// Names a guest's queue for the time it runs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct QueueKey {
+    /// The device, unique in this process.
+    pub device: u32,
+    /// The queue's index in the device.
+    pub index: u16,
+}
+
+struct Port {
+    mailbox: Sender<Message>,
+    thread: Option<Pinned<()>>,
+}
+
+/// See the module. Dropping it stops the reactors.
+pub struct Plane {
+    ports: Vec<Port>,
+}
+
+impl Plane {
+    /// Starts one pinned reactor on each of `cores`. What they have to say comes out of the receiver.
+    ///
+    /// # Errors
+    /// When a core does not exist or is not ours, or the kernel refuses a ring.
+    pub fn start(cores: &[usize]) -> io::Result<(Self, mpsc::Receiver<Event>)> {
+        let (events, receiver) = mpsc::channel();
+        let wakers = cores.iter().map(|_| Waker::new()).collect::<io::Result<Vec<_>>>()?;
+        let (senders, receivers): (Vec<_>, Vec<_>) =
+            wakers.iter().map(|waker| mailbox::<Message>(MAILBOX, waker)).unzip();
+        let mut ports = Vec::new();
+        for (number, (receiver, &core)) in receivers.into_iter().zip(cores).enumerate() {
+            let (peers, waker, events) = (senders.clone(), Arc::clone(&wakers[number]), events.clone());
+            let (started, outcome) = mpsc::channel();
+            let thread = spawn_pinned(&format!("reactor{number}"), core, move || {
+                match Shard::new(number, core, waker, receiver, peers, events) {
+                    Ok(shard) => {
+                        drop(started.send(Ok(())));
+                        shard.run();
+                    }
+                    Err(error) => drop(started.send(Err(error))),
+                }
+            })
+            .map_err(io::Error::other)?;
+            outcome.recv().unwrap_or_else(|_| Err(io::Error::other("the reactor died while it started")))?;
+            ports.push(Port { mailbox: senders[number].clone(), thread: Some(thread) });
+        }
+        Ok((Plane { ports }, receiver))
+    }
+
+    fn send(&self, shard: usize, command: Command) {
+        // Control threads may wait for room; a reactor never does.
+        let mut message = Message::Command(Box::new(command));
+        while let Err(back) = self.ports[shard].mailbox.send(message) {
+            message = back;
+            std::thread::sleep(Duration::from_micros(50));
+        }
+    }
+
+    fn ask<T>(&self, shard: usize, make: impl FnOnce(mpsc::Sender<T>) -> Command) -> Option<T> {
+        let (sender, receiver) = mpsc::channel();
+        self.send(shard, make(sender));
+        receiver.recv().ok()
+    }
+
+    fn home(&self, index: u16) -> usize {
+        usize::from(index) % self.ports.len()
+    }
+
+    /// Puts a disk into service and tells all volumes.
+    ///
+    /// # Errors
+    /// When the reactor can not drive the device.
+    pub fn add_disk(&self, up: DiskUp, service: DiskService) -> io::Result<()> {
+        self.ask(self.home(up.index.0), |reply| Command::AddDisk(up, service, reply))
+            .unwrap_or_else(|| Err(io::Error::other("the reactor has ended")))?;
+        for shard in 0..self.ports.len() {
+            self.send(shard, Command::DiskUp(up));
+        }
+        Ok(())
+    }
+
+    /// Takes a disk out of service as if it had died: everything on it is refused from now on. When its last I/O has ended
+    /// and the device was let go, [`Event::DiskFailed`] comes.
+    pub fn fail_disk(&self, index: DiskIndex) {
+        self.send(self.home(index.0), Command::FailDisk(index));
+    }
+
+    /// Tells all volumes that a disk can not be reached any more and touches no memory of theirs.
+    pub fn disk_down(&self, index: DiskIndex) {
+        for shard in 0..self.ports.len() {
+            self.send(shard, Command::DiskDown(index));
+        }
+    }
+
+    /// Flushes a disk, marks it clean and lets it go. False: it failed before that.
+    /// Waits for it no longer than `patience`.
+    pub fn close_disk(&self, index: DiskIndex, patience: Duration) -> bool {
+        let (sender, receiver) = mpsc::channel();
+        self.send(self.home(index.0), Command::CloseDisk(index, sender));
+        receiver.recv_timeout(patience).unwrap_or(false)
+    }
+
+    /// Begins to own a volume: seal, compare, serve.
+    pub fn add_volume(&self, index: VolumeIndex, config: VolumeConfig, disks: Vec<DiskUp>) {
+        self.send(self.home(index.0), Command::AddVolume(index, config, disks));
+    }
+
+    /// Answers a proposal.
+    pub fn decided(&self, index: VolumeIndex, outcome: Outcome) {
+        self.send(self.home(index.0), Command::Decided(index, outcome));
+    }
+
+    /// Tells the owner of a change that it did not propose.
+    pub fn reconfigured(&self, index: VolumeIndex, config: VolumeConfig) {
+        self.send(self.home(index.0), Command::Reconfigured(index, config));
+    }
+
+    /// Ends owning a volume: what is in flight ends, everything is flushed. Its queues must have been stopped.
+    ///
+    /// False: it did not become quiet within `patience`.
+    pub fn remove_volume(&self, index: VolumeIndex, patience: Duration) -> bool {
+        let (sender, receiver) = mpsc::channel();
+        self.send(self.home(index.0), Command::RemoveVolume(index, sender));
+        receiver.recv_timeout(patience).is_ok()
+    }
+
+    /// Gives a guest's queue to the volume's reactor.
+    pub fn start_queue(&self, key: QueueKey, volume: VolumeIndex, queue: Box<Queue>) {
+        self.send(self.home(volume.0), Command::StartQueue(key, volume, queue));
+    }
+
+    /// Takes a guest's queue back, once nothing of it is in flight. `None` if it was not running.
+    pub fn stop_queue(&self, key: QueueKey, volume: VolumeIndex) -> Option<Box<Queue>> {
+        self.ask(self.home(volume.0), |reply| Command::StopQueue(key, reply))
+    }
+
+    /// What all reactors know.
+    pub fn status(&self) -> Vec<ShardStatus> {
+        (0..self.ports.len()).filter_map(|shard| self.ask(shard, Command::Status)).collect()
+    }
+}
+
+impl Drop for Plane {
+    fn drop(&mut self) {
+        for shard in 0..self.ports.len() {
+            self.send(shard, Command::Stop);
+        }
+        for port in &mut self.ports {
+            if let Some(thread) = port.thread.take() {
+                // A reactor that panicked has said so already; there is nothing left to stop.
+                drop(thread.join());
+            }
+        }
+    }
+}

@@ -1,0 +1,196 @@
+//! What the control threads want done. Rare, so plain; never blocking, so in steps where it takes time.
+
+use std::sync::mpsc;
+
+use crate::config::VolumeConfig;
+use crate::mirror::{Limits, Mirror, Phase};
+use crate::plane::{Command, DiskIndex, DiskService, DiskUp, Event, ShardStatus, VolumeIndex};
+
+use super::ops::Names;
+use super::{Home, Served, Shard, Volume};
+
+/// Requests of one volume in hand.
+const VOLUME_OPS: u32 = 256;
+
+impl Shard {
+    pub(super) fn command(&mut self, command: Command) {
+        match command {
+            Command::AddDisk(up, service, reply) => drop(reply.send(self.add_disk(up, service))),
+            Command::DiskUp(up) => self.disk_up(up),
+            Command::DiskDown(disk) => self.disk_down(disk),
+            Command::FailDisk(disk) => match &mut self.homes[usize::from(disk.0)] {
+                Home::Store(served) => {
+                    served.ending.get_or_insert_with(|| "taken out of service".into());
+                    served.store.fail(&mut self.store_effects);
+                    self.apply_store(disk);
+                }
+                home => {
+                    *home = Home::Absent;
+                    self.tell(Event::DiskFailed(disk, "taken out of service".into()));
+                }
+            },
+            Command::CloseDisk(disk, reply) => match &mut self.homes[usize::from(disk.0)] {
+                Home::Store(served) => {
+                    served.closing = Some(reply);
+                    served.store.close(&mut self.store_effects);
+                    self.apply_store(disk);
+                    self.touch(disk);
+                }
+                home => {
+                    *home = Home::Absent;
+                    drop(reply.send(true));
+                }
+            },
+            Command::AddVolume(index, config, disks) => self.add_volume(index, config, disks),
+            Command::Decided(index, outcome) => self.with_mirror(index, |mirror, out| mirror.decided(outcome, out)),
+            Command::Reconfigured(index, config) => {
+                self.with_mirror(index, |mirror, out| mirror.reconfigured(config, out));
+                self.connect(index);
+            }
+            Command::RemoveVolume(index, reply) => self.remove_volume(index, reply),
+            Command::StartQueue(key, volume, queue) => self.queues.start(key, volume, queue, self.now),
+            Command::StopQueue(key, reply) => {
+                self.queues.stop(key, reply);
+                // It may be quiet already.
+                self.publish_queues();
+            }
+            Command::Status(reply) => drop(reply.send(self.status())),
+            Command::Stop => self.stopping = true,
+        }
+    }
+
+    fn add_disk(&mut self, up: DiskUp, service: DiskService) -> std::io::Result<()> {
+        let home = &mut self.homes[usize::from(up.index.0)];
+        assert!(matches!(home, Home::Absent), "a disk's number is given once");
+        *home = match service {
+            DiskService::Null => Home::Null,
+            DiskService::Store(store, mut disk) => {
+                disk.attach(&mut self.ring, u32::from(up.index.0))?;
+                self.stores.push(up.index);
+                Home::Store(Box::new(Served {
+                    store,
+                    disk,
+                    waiting: Default::default(),
+                    touched: false,
+                    ending: None,
+                    closed: false,
+                    closing: None,
+                }))
+            }
+        };
+        Ok(())
+    }
+
+    fn disk_up(&mut self, up: DiskUp) {
+        self.disks[usize::from(up.index.0)] = Some(up);
+        for position in 0..self.present.len() {
+            self.connect(self.present[position]);
+        }
+    }
+
+    fn disk_down(&mut self, disk: DiskIndex) {
+        let Some(up) = self.disks[usize::from(disk.0)].take() else { return };
+        for position in 0..self.present.len() {
+            let index = self.present[position];
+            if let Some(volume) = &mut self.volumes[usize::from(index.0)] {
+                for route in &mut volume.routes {
+                    if *route == Some(disk) {
+                        *route = None;
+                    }
+                }
+            }
+            self.with_mirror(index, |mirror, out| mirror.disk_down(up.uuid, out));
+        }
+    }
+
+    /// Makes the disks of a volume's table known to it, as far as they are up.
+    fn connect(&mut self, index: VolumeIndex) {
+        let Some(volume) = &mut self.volumes[usize::from(index.0)] else { return };
+        let mut fresh = Vec::new();
+        for (number, uuid) in volume.mirror.disks().enumerate() {
+            if volume.routes.len() <= number {
+                volume.routes.push(None);
+            }
+            if let Some(up) = self.disks.iter().flatten().find(|up| up.uuid == uuid)
+                && volume.routes[number] != Some(up.index)
+            {
+                volume.routes[number] = Some(up.index);
+                fresh.push(*up);
+            }
+        }
+        let known = |index: &Option<DiskIndex>| index.and_then(|disk| self.disks[usize::from(disk.0)]);
+        volume.inline = volume.routes.iter().filter_map(known).all(|up| up.inline);
+        volume.null = volume.routes.iter().filter_map(known).all(|up| up.null) && !volume.routes.is_empty();
+        for up in fresh {
+            self.with_mirror(index, |mirror, out| mirror.disk_up(up.uuid, true, out));
+        }
+    }
+
+    fn add_volume(&mut self, index: VolumeIndex, config: VolumeConfig, disks: Vec<DiskUp>) {
+        for up in disks {
+            self.disks[usize::from(up.index.0)] = Some(up);
+        }
+        let limits = Limits { ops: VOLUME_OPS, ..Limits::default() };
+        self.volumes[usize::from(index.0)] = Some(Box::new(Volume {
+            id: config.id,
+            mirror: Mirror::new(config, limits),
+            names: Names::new(VOLUME_OPS),
+            routes: Vec::new(),
+            inline: false,
+            null: false,
+            removing: None,
+            detached: false,
+        }));
+        self.present.push(index);
+        let now = self.now;
+        self.with_mirror(index, |mirror, out| mirror.tick(now, out));
+        self.connect(index);
+        self.with_mirror(index, |mirror, out| mirror.attach(out));
+    }
+
+    fn remove_volume(&mut self, index: VolumeIndex, reply: mpsc::Sender<()>) {
+        if let Some(volume) = &mut self.volumes[usize::from(index.0)] {
+            volume.removing = Some(reply);
+            self.with_mirror(index, |mirror, out| mirror.detach(out));
+        }
+    }
+
+    /// Forgets volumes that are quiet and were to go.
+    pub(super) fn forget_volumes(&mut self) {
+        for position in (0..self.present.len()).rev() {
+            let index = self.present[position];
+            let slot = &mut self.volumes[usize::from(index.0)];
+            let over = slot.as_ref().is_some_and(|volume| {
+                volume.removing.is_some() && (volume.detached || matches!(volume.mirror.phase(), Phase::Detached | Phase::Fenced | Phase::Failed))
+            });
+            if over {
+                self.present.swap_remove(position);
+                if let Some(reply) = slot.take().and_then(|volume| volume.removing) {
+                    drop(reply.send(()));
+                }
+            }
+        }
+    }
+
+    fn status(&self) -> ShardStatus {
+        let mut reactor = self.stats;
+        reactor.enters = self.ring.stats().enters;
+        (reactor.queues_polled, reactor.queues_idle) = self.queues.counts();
+        ShardStatus {
+            reactor,
+            disks: self
+                .stores
+                .iter()
+                .filter_map(|disk| match &self.homes[usize::from(disk.0)] {
+                    Home::Store(served) => Some((*disk, served.store.stats())),
+                    _ => None,
+                })
+                .collect(),
+            volumes: self
+                .present
+                .iter()
+                .filter_map(|&index| Some((index, self.volumes[usize::from(index.0)].as_ref()?.mirror.status())))
+                .collect(),
+        }
+    }
+}
