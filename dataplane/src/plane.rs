@@ -182,10 +182,12 @@ impl Plane {
             let thread = spawn_pinned(&format!("reactor{number}"), core, move || {
                 match Shard::new(number, core, waker, receiver, peers, events) {
                     Ok(shard) => {
-                        drop(started.send(Ok(())));
+                        started.send(Ok(())).ok();
                         shard.run();
                     }
-                    Err(error) => drop(started.send(Err(error))),
+                    Err(error) => {
+                        started.send(Err(error)).ok();
+                    }
                 }
             })
             .map_err(io::Error::other)?;
@@ -240,12 +242,11 @@ impl Plane {
         }
     }
 
-    /// Flushes a disk, marks it clean and lets it go. False: it failed before that.
-    /// Waits for it no longer than `patience`.
-    pub fn close_disk(&self, index: DiskIndex, patience: Duration) -> bool {
+    /// Begins to flush a disk, mark it clean and let it go. The receiver hears when it is over; false: it failed before.
+    pub fn close_disk(&self, index: DiskIndex) -> mpsc::Receiver<bool> {
         let (sender, receiver) = mpsc::channel();
         self.send(self.home(index.0), Command::CloseDisk(index, sender));
-        receiver.recv_timeout(patience).unwrap_or(false)
+        receiver
     }
 
     /// Begins to own a volume: seal, compare, serve.
@@ -263,13 +264,12 @@ impl Plane {
         self.send(self.home(index.0), Command::Reconfigured(index, config));
     }
 
-    /// Ends owning a volume: what is in flight ends, everything is flushed. Its queues must have been stopped.
-    ///
-    /// False: it did not become quiet within `patience`.
-    pub fn remove_volume(&self, index: VolumeIndex, patience: Duration) -> bool {
+    /// Begins to end owning a volume: what is in flight ends, everything is flushed. Its queues must have been stopped. The
+    /// receiver hears when it is over.
+    pub fn remove_volume(&self, index: VolumeIndex) -> mpsc::Receiver<()> {
         let (sender, receiver) = mpsc::channel();
         self.send(self.home(index.0), Command::RemoveVolume(index, sender));
-        receiver.recv_timeout(patience).is_ok()
+        receiver
     }
 
     /// Gives a guest's queue to the volume's reactor.

@@ -15,7 +15,9 @@ const VOLUME_OPS: u32 = 256;
 impl Shard {
     pub(super) fn command(&mut self, command: Command) {
         match command {
-            Command::AddDisk(up, service, reply) => drop(reply.send(self.add_disk(up, service))),
+            Command::AddDisk(up, service, reply) => {
+                reply.send(self.add_disk(up, service)).ok();
+            }
             Command::DiskUp(up) => self.disk_up(up),
             Command::DiskDown(disk) => self.disk_down(disk),
             Command::FailDisk(disk) => match &mut self.homes[usize::from(disk.0)] {
@@ -38,7 +40,7 @@ impl Shard {
                 }
                 home => {
                     *home = Home::Absent;
-                    drop(reply.send(true));
+                    reply.send(true).ok();
                 }
             },
             Command::AddVolume(index, config, disks) => self.add_volume(index, config, disks),
@@ -54,7 +56,9 @@ impl Shard {
                 // It may be quiet already.
                 self.publish_queues();
             }
-            Command::Status(reply) => drop(reply.send(self.status())),
+            Command::Status(reply) => {
+                reply.send(self.status()).ok();
+            }
             Command::Stop => self.stopping = true,
         }
     }
@@ -166,7 +170,7 @@ impl Shard {
             if over {
                 self.present.swap_remove(position);
                 if let Some(reply) = slot.take().and_then(|volume| volume.removing) {
-                    drop(reply.send(()));
+                    reply.send(()).ok();
                 }
             }
         }

@@ -285,7 +285,7 @@ impl Shard {
                 reactor::Kind::Kick => self.kicked(event),
                 reactor::Kind::Wake if !event.more => {
                     // The watch ended (the kernel may drop one under pressure): watch again.
-                    drop(self.ring.watch(self.waker.fd(), queues::wake_tag()));
+                    self.ring.watch(self.waker.fd(), queues::wake_tag()).ok();
                 }
                 _ => {}
             }
@@ -312,6 +312,7 @@ impl Shard {
         }
         self.carry();
         self.publish_queues();
+        self.forget_volumes();
     }
 
     fn served(&self) -> impl Iterator<Item = &Served> {
