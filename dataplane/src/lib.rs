@@ -8,4 +8,5 @@ pub mod disk;
 pub mod geometry;
 pub mod ids;
 pub mod memory;
+pub mod planted;
 pub mod replica;
