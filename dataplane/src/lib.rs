@@ -10,3 +10,4 @@ pub mod ids;
 pub mod memory;
 pub mod planted;
 pub mod replica;
+pub mod store;
