@@ -14,6 +14,7 @@ use crate::disk::Disk;
 use crate::frontend::Queue;
 use crate::ids::{BootId, DiskUuid, PowerId, VolumeId};
 use crate::mirror::MirrorStatus;
+use crate::replica::ChunkRef;
 use crate::reactor::mailbox::{Sender, Waker, mailbox};
 use crate::reactor::pin::{Pinned, spawn_pinned};
 use crate::shard::{Message, Shard};
@@ -135,6 +136,8 @@ pub(crate) enum Command {
     FailDisk(DiskIndex),
     /// On its reactor: flush, mark clean, let go. False: it failed meanwhile.
     CloseDisk(DiskIndex, mpsc::Sender<bool>),
+    /// On its reactor: replicas whose volume or place is gone.
+    DropChunks(DiskIndex, Vec<ChunkRef>),
     AddVolume(VolumeIndex, VolumeConfig, Vec<DiskUp>),
     Decided(VolumeIndex, Outcome),
     Reconfigured(VolumeIndex, VolumeConfig),
@@ -247,6 +250,11 @@ impl Plane {
         let (sender, receiver) = mpsc::channel();
         self.send(self.home(index.0), Command::CloseDisk(index, sender));
         receiver
+    }
+
+    /// Gives back the space of replicas that no volume has any more.
+    pub fn drop_chunks(&self, index: DiskIndex, chunks: Vec<ChunkRef>) {
+        self.send(self.home(index.0), Command::DropChunks(index, chunks));
     }
 
     /// Begins to own a volume: seal, compare, serve.

@@ -12,6 +12,7 @@ use unibody_dataplane::disk::spec::{Backend, DiskSpec};
 use unibody_dataplane::disk::{Disk, DiskKind};
 use unibody_dataplane::ids::{BootId, DiskUuid, PowerId};
 use unibody_dataplane::plane::{DiskIndex, DiskService, DiskUp};
+use unibody_dataplane::replica::ChunkRef;
 use unibody_dataplane::store::{
     CheckReport, FormatError, FormatOptions, OpenError as StoreError, OpenOptions as StoreOptions, OpenReport, Store, check,
 };
@@ -116,6 +117,8 @@ pub(crate) struct Opened {
     pub(crate) service: DiskService,
     pub(crate) faults: Option<FaultHandle>,
     pub(crate) notices: Vec<String>,
+    /// Replicas found on it.
+    pub(crate) chunks: Vec<ChunkRef>,
 }
 
 impl Opened {
@@ -140,7 +143,7 @@ pub(crate) fn open(name: &str, spec: &DiskSpec, cache_bytes: usize, faults: bool
         let (uuid, power) = (DiskUuid(random()), PowerId(random()));
         let (bytes, kind) = (info.bytes, info.kind);
         let service = DiskService::Null;
-        return Ok(Opened { uuid, boot, power, bytes, kind, inline: true, service, faults: None, notices: Vec::new() });
+        return Ok(Opened { uuid, boot, power, bytes, kind, inline: true, service, faults: None, notices: Vec::new(), chunks: Vec::new() });
     }
     let memory = info.kind == DiskKind::Memory;
     let power = if memory { PowerId(random()) } else { host_power() };
@@ -161,8 +164,9 @@ pub(crate) fn open(name: &str, spec: &DiskSpec, cache_bytes: usize, faults: bool
     } else {
         (device, None)
     };
-    let notices = report.notices().into_iter().map(|notice| format!("{name}: {notice}")).collect();
+    let notices = report.damage.iter().map(|damage| format!("{name}: {damage}")).collect();
     Ok(Opened {
+        chunks: store.chunks().collect(),
         uuid: store.uuid(),
         boot,
         power,

@@ -321,7 +321,10 @@ impl Node {
         if known.is_none_or(|record| record.domain != domain || record.bytes != bytes) {
             self.control.execute(&Command::AddDisk { disk: up.uuid, domain, bytes })?;
         }
+        let state = self.control.state();
+        let garbage = opened.chunks.iter().filter(|chunk| !state.has_replica(up.uuid, chunk)).copied().collect();
         self.plane.add_disk(up, opened.service).map_err(NodeError::Plane)?;
+        self.plane.drop_chunks(index, garbage);
         self.notices.extend(opened.notices);
         let disk = self.disk_mut(index);
         disk.phase = Phase::Online;
@@ -509,12 +512,18 @@ impl Node {
         }
         volume.export = None;
         let index = volume.index;
-        // What it holds on the disks is dropped there when the chunks' disks hear of a newer owner's map; the state forgets
-        // it now, and the disks give back the space.
-        let config = self.control.state().volumes[name].to_config();
-        plane.drop_volume(index, config);
-        self.control.execute(&Command::DeleteVolume { name: name.to_owned() })?;
+        if plane.remove_volume(index).recv_timeout(PATIENCE).is_err() {
+            return Err(NodeError::Wrong(format!("volume {name} does not become quiet: see `unibody status`, then try again")));
+        }
         self.volumes[usize::from(index.0)] = None;
+        let record = self.control.state().volumes[name].clone();
+        self.control.execute(&Command::DeleteVolume { name: name.to_owned() })?;
+        // A disk that is away now is told when it comes back.
+        for disk in self.disks.iter().filter(|disk| disk.phase == Phase::Online) {
+            if let Some(uuid) = disk.uuid {
+                plane.drop_chunks(disk.index, record.replicas_on(uuid).collect());
+            }
+        }
         Ok(())
     }
 

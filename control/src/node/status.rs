@@ -51,7 +51,7 @@ impl Node {
         if let Some((_, stats)) = stats {
             status.capacity = stats.capacity_bytes;
             status.free = stats.free_bytes;
-            status.suspect = stats.suspect;
+            status.suspect = stats.suspect_chunks > 0;
             status.dirty_regions = stats.dirty_regions;
             status.in_doubt_regions = stats.in_doubt_regions;
             status.counters = stats.counters().into_iter().map(|(name, value)| (name.to_owned(), value)).collect();

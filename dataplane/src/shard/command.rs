@@ -23,7 +23,7 @@ impl Shard {
             Command::FailDisk(disk) => match &mut self.homes[usize::from(disk.0)] {
                 Home::Store(served) => {
                     served.ending.get_or_insert_with(|| "taken out of service".into());
-                    served.store.fail(&mut self.store_effects);
+                    served.store.remove(&mut self.store_effects);
                     self.apply_store(disk);
                 }
                 home => {
@@ -43,6 +43,11 @@ impl Shard {
                     reply.send(true).ok();
                 }
             },
+            Command::DropChunks(disk, chunks) => {
+                if let Home::Store(served) = &mut self.homes[usize::from(disk.0)] {
+                    served.drops.extend(chunks);
+                }
+            }
             Command::AddVolume(index, config, disks) => self.add_volume(index, config, disks),
             Command::Decided(index, outcome) => self.with_mirror(index, |mirror, out| mirror.decided(outcome, out)),
             Command::Reconfigured(index, config) => {
@@ -76,6 +81,7 @@ impl Shard {
                     disk,
                     waiting: Default::default(),
                     touched: false,
+                    drops: Default::default(),
                     ending: None,
                     closed: false,
                     closing: None,

@@ -191,6 +191,7 @@ impl Shard {
                         Err(Busy) => served.waiting.push_back((token, io)),
                     }
                 }
+                store::Effect::Reply { tag: Address::NOBODY, .. } => {}
                 store::Effect::Reply { tag, reply } => self.reply(tag.0, reply),
                 store::Effect::Failed(reason) => {
                     if let Home::Store(served) = &mut self.homes[usize::from(disk.0)] {
