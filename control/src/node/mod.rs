@@ -10,6 +10,7 @@ mod exports;
 mod operator;
 mod status;
 
+use std::collections::VecDeque;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::mpsc;
@@ -136,6 +137,8 @@ pub struct Node {
     disks: Vec<NodeDisk>,
     volumes: Vec<Option<NodeVolume>>,
     inputs: mpsc::Receiver<Input>,
+    /// Inputs that came while the agent waited for an owner to become quiet.
+    backlog: VecDeque<Input>,
     sender: mpsc::Sender<Input>,
     /// Disks whose replicas are to go elsewhere, and where to if it can be chosen.
     leaving: Vec<(DiskUuid, Option<DiskUuid>)>,
@@ -185,6 +188,7 @@ impl Node {
             disks: Vec::new(),
             volumes: Vec::new(),
             inputs,
+            backlog: VecDeque::new(),
             sender,
             leaving: Vec::new(),
             notices: Vec::new(),
@@ -224,7 +228,8 @@ impl Node {
             .map_err(NodeError::Thread)?;
         let mut next_tick = Instant::now() + TICK;
         loop {
-            match self.inputs.recv_timeout(next_tick.saturating_duration_since(Instant::now())) {
+            let patience = next_tick.saturating_duration_since(Instant::now());
+            match self.backlog.pop_front().map_or_else(|| self.inputs.recv_timeout(patience), Ok) {
                 Ok(Input::Plane(event)) => self.event(event),
                 Ok(Input::Request(request, reply)) => self.request(request, reply),
                 Ok(Input::Opened(index, opened, reply)) => self.opened(index, *opened, reply),
@@ -249,17 +254,8 @@ impl Node {
         let leaving: Vec<_> = self.volumes.iter().flatten().map(|volume| self.plane.remove_volume(volume.index)).collect();
         let mut unclean = Vec::new();
         for quiet in leaving {
-            // A detaching owner may still need the outcome of a proposal.
-            while quiet.recv_timeout(Duration::from_millis(5)).is_err_and(|e| e == mpsc::RecvTimeoutError::Timeout) {
-                while let Ok(input) = self.inputs.try_recv() {
-                    if let Input::Plane(event) = input {
-                        self.event(event);
-                    }
-                }
-                if left(end).is_zero() {
-                    unclean.push("a volume did not become quiet".to_owned());
-                    break;
-                }
+            if !self.wait_quiet(&quiet, end) {
+                unclean.push("a volume did not become quiet".to_owned());
             }
         }
         let online: Vec<_> = self.disks.iter().filter(|disk| disk.phase == Phase::Online).collect();
@@ -270,6 +266,22 @@ impl Node {
             }
         }
         if unclean.is_empty() { Ok(()) } else { Err(NodeError::Wrong(unclean.join("; "))) }
+    }
+
+    /// Waits until an owner has ended. It may still need the outcome of a proposal for that.
+    fn wait_quiet(&mut self, quiet: &mpsc::Receiver<()>, end: Instant) -> bool {
+        while quiet.recv_timeout(Duration::from_millis(2)).is_err_and(|e| e == mpsc::RecvTimeoutError::Timeout) {
+            while let Ok(input) = self.inputs.try_recv() {
+                match input {
+                    Input::Plane(event) => self.event(event),
+                    other => self.backlog.push_back(other),
+                }
+            }
+            if Instant::now() > end {
+                return false;
+            }
+        }
+        true
     }
 
     // Disks.
@@ -512,7 +524,7 @@ impl Node {
         }
         volume.export = None;
         let index = volume.index;
-        if plane.remove_volume(index).recv_timeout(PATIENCE).is_err() {
+        if !self.wait_quiet(&plane.remove_volume(index), Instant::now() + PATIENCE) {
             return Err(NodeError::Wrong(format!("volume {name} does not become quiet: see `unibody status`, then try again")));
         }
         self.volumes[usize::from(index.0)] = None;

@@ -1,0 +1,5 @@
+//! stub
+use clap::Args;
+#[derive(Args)]
+pub(crate) struct DemoArgs {}
+pub(crate) fn run(_: DemoArgs) -> anyhow::Result<()> { Ok(()) }
