@@ -2,6 +2,7 @@
 //!
 //! Tests use the same guest with handcrafted rings.
 
+#[cfg(test)]
 use std::fs::File;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
@@ -28,6 +29,7 @@ pub(crate) const DATA_AT: u64 = 0x1_0000;
 
 /// Memory with rings, and the driver's side of them.
 pub(crate) struct Guest {
+    #[cfg(test)]
     pub(crate) file: File,
     pub(crate) table: Arc<MemoryTable>,
     pub(crate) shared: Arc<Shared>,
@@ -50,6 +52,7 @@ impl Guest {
             instance: 1,
         };
         Ok(Guest {
+            #[cfg(test)]
             file,
             table: Arc::new(table),
             shared: Arc::new(Shared::new(config)),

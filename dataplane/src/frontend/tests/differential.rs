@@ -105,7 +105,7 @@ fn meaning(mem: &GuestMemoryMmap, chain: &[(u64, u32, bool)], ended: bool) -> Me
         _ => return Meaning::Answered,
     };
     let end = sector.checked_add(data.len() as u64 / 512);
-    if data.is_empty() || data.len() % 512 != 0 || end.is_none_or(|end| end > (1 << 20) / 512) {
+    if data.is_empty() || !data.len().is_multiple_of(512) || end.is_none_or(|end| end > (1 << 20) / 512) {
         return Meaning::Answered;
     }
     Meaning::Request {
