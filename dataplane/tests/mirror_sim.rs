@@ -8,7 +8,9 @@ use common::world::{self, World};
 
 #[test]
 fn one_seed_traced() {
-    let Ok(seed) = std::env::var("MIRROR_TRACE") else { return };
+    let Ok(seed) = std::env::var("MIRROR_TRACE") else {
+        return;
+    };
     let mut world = World::new(seed.parse().unwrap());
     world.trace = true;
     println!("{:?}", world.profile);
@@ -34,7 +36,12 @@ fn every_block_is_a_linearizable_register_through_all_faults() {
         let error: String = error.chars().take(1500).collect();
         println!("seed {seed}: {error}");
     }
-    assert!(failed.is_empty(), "{} seeds failed: {:?}", failed.len(), failed.iter().map(|f| f.0).take(40).collect::<Vec<_>>());
+    assert!(
+        failed.is_empty(),
+        "{} seeds failed: {:?}",
+        failed.len(),
+        failed.iter().map(|f| f.0).take(40).collect::<Vec<_>>()
+    );
 }
 
 #[test]

@@ -101,7 +101,8 @@ impl Checker {
         for values in self.units.values_mut() {
             let latest = values.iter().filter(|v| v.acked < begun).map(|v| v.begun).max();
             for v in values.iter_mut() {
-                let overwritten = latest.is_some_and(|begun| v.acked < begun || v.ended < begun && v.dead < NEVER);
+                let overwritten =
+                    latest.is_some_and(|begun| v.acked < begun || v.ended < begun && v.dead < NEVER);
                 v.dead_for_good |= overwritten;
             }
         }
@@ -128,12 +129,19 @@ impl Checker {
     /// What is wrong about it.
     pub fn read(&mut self, unit: u64, id: u64, begun: u64, now: u64) -> Result<(), String> {
         let values = self.unit(unit);
-        let mut alive = values.iter().enumerate().filter(|(_, v)| v.id == id && v.dead >= begun);
+        let mut alive = values
+            .iter()
+            .enumerate()
+            .filter(|(_, v)| v.id == id && v.dead >= begun);
         let Some((w, _)) = alive.next() else {
             let known: Vec<_> = values.iter().filter(|v| v.id == id).collect();
             return Err(format!(
                 "unit {unit}: a read that began at {begun} returned {id} at {now}; {}; history {values:?}",
-                if known.is_empty() { "never written there" } else { "overwritten before" },
+                if known.is_empty() {
+                    "never written there"
+                } else {
+                    "overwritten before"
+                },
             ));
         };
         if alive.next().is_some() {

@@ -108,7 +108,9 @@ impl Model {
     }
 
     fn held(&self, chunk: &ChunkRef) -> bool {
-        self.chunks.get(&chunk.key.chunk).is_some_and(|(there, _)| there == chunk)
+        self.chunks
+            .get(&chunk.key.chunk)
+            .is_some_and(|(there, _)| there == chunk)
     }
 
     fn change(&mut self, c: u32, extent: u16, written: BlockMask, after: Extent) {
@@ -122,9 +124,13 @@ impl Model {
     }
 
     fn bad(&self, c: u32, extent: u16, mask: BlockMask) -> BlockMask {
-        let Some(there) = self.chunks[&c].1.get(&extent) else { return 0 };
+        let Some(there) = self.chunks[&c].1.get(&extent) else {
+            return 0;
+        };
         (0..16)
-            .filter(|&b| (mask & there.image.valid) >> b & 1 != 0 && crc(&there.data[b]) != there.image.crcs[b])
+            .filter(|&b| {
+                (mask & there.image.valid) >> b & 1 != 0 && crc(&there.data[b]) != there.image.crcs[b]
+            })
             .fold(0, |all, b| all | 1 << b)
     }
 
@@ -139,7 +145,11 @@ impl Model {
             }
             self.sealed = header.generation;
             let chunks = self.chunks.values().map(|(there, _)| {
-                let marks = self.dirty.iter().chain(&self.doubt).filter(|(c, _)| *c == there.key.chunk);
+                let marks = self
+                    .dirty
+                    .iter()
+                    .chain(&self.doubt)
+                    .filter(|(c, _)| *c == there.key.chunk);
                 (*there, marks.fold(0u64, |mask, (_, region)| mask | 1 << region))
             });
             return Reply::Sealed(Box::new(Sealed {
@@ -155,8 +165,12 @@ impl Model {
         }
         let chunk = match request {
             Request::CreateChunk(chunk) | Request::DropChunk(chunk) => *chunk,
-            Request::Write { span, .. } | Request::Zero { span, .. } | Request::Read { span, .. } => span.chunk,
-            Request::Digest { chunk, .. } | Request::Install { chunk, .. } | Request::Settle { chunk, .. } => *chunk,
+            Request::Write { span, .. } | Request::Zero { span, .. } | Request::Read { span, .. } => {
+                span.chunk
+            }
+            Request::Digest { chunk, .. }
+            | Request::Install { chunk, .. }
+            | Request::Settle { chunk, .. } => *chunk,
             Request::Seal | Request::Flush => {
                 self.flush();
                 return Reply::Done;
@@ -173,7 +187,11 @@ impl Model {
                 return Reply::Done;
             }
             Request::DropChunk(_) => {
-                if self.chunks.get(&c).is_some_and(|(there, _)| there.incarnation <= chunk.incarnation) {
+                if self
+                    .chunks
+                    .get(&c)
+                    .is_some_and(|(there, _)| there.incarnation <= chunk.incarnation)
+                {
                     self.log.retain(|change| change.at.0 != c);
                     self.chunks.remove(&c);
                     self.durable.remove(&c);
@@ -188,15 +206,27 @@ impl Model {
             return Reply::Refused(Status::NoChunk);
         }
         match *request {
-            Request::Write { span, version, crcs, data } => {
+            Request::Write {
+                span,
+                version,
+                crcs,
+                data,
+            } => {
                 if self.full {
                     return Reply::Refused(Status::NoSpace);
                 }
                 let mut extent = self.extent(c, span.extent);
-                assert!(extent.image.version <= version, "versions do not go back: {span:?} {version:?}");
+                assert!(
+                    extent.image.version <= version,
+                    "versions do not go back: {span:?} {version:?}"
+                );
                 for b in usize::from(span.first)..usize::from(span.first + span.count) {
                     extent.data[b] = load(data, (b - usize::from(span.first)) * BLOCK);
-                    assert_eq!(crc(&extent.data[b]), crcs[b], "data fits its checksum: {span:?} {version:?}");
+                    assert_eq!(
+                        crc(&extent.data[b]),
+                        crcs[b],
+                        "data fits its checksum: {span:?} {version:?}"
+                    );
                     extent.image.crcs[b] = crcs[b];
                 }
                 let mask = span.mask();
@@ -261,12 +291,22 @@ impl Model {
                 }
                 Reply::Digest { in_doubt, extents }
             }
-            Request::Install { extent: at, image, write, data, .. } => {
+            Request::Install {
+                extent: at,
+                image,
+                write,
+                data,
+                ..
+            } => {
                 let mut extent = self.extent(c, at);
                 for b in 0..16 {
                     if write >> b & 1 != 0 {
                         extent.data[b] = load(data, b * BLOCK);
-                        assert_eq!(crc(&extent.data[b]), image.crcs[b], "installed data fits its checksum");
+                        assert_eq!(
+                            crc(&extent.data[b]),
+                            image.crcs[b],
+                            "installed data fits its checksum"
+                        );
                     }
                 }
                 extent.image = image;
@@ -298,7 +338,12 @@ impl Model {
     }
 
     /// The process ends and begins again: what was completed is there. A request may be half done.
-    pub fn restart(&mut self, boot: u128, half: Option<(Header, Request)>, random: &mut dyn FnMut(u64) -> u64) {
+    pub fn restart(
+        &mut self,
+        boot: u128,
+        half: Option<(Header, Request)>,
+        random: &mut dyn FnMut(u64) -> u64,
+    ) {
         if let Some((header, request @ Request::Write { span, crcs, data, .. })) = half
             && header.generation == self.sealed
             && self.held(&span.chunk)
@@ -308,7 +353,12 @@ impl Model {
                 let before = self.extent(span.chunk.key.chunk, span.extent);
                 let _ = (crcs, data);
                 self.handle(&header, &request);
-                let there = self.chunks.get_mut(&span.chunk.key.chunk).unwrap().1.get_mut(&span.extent);
+                let there = self
+                    .chunks
+                    .get_mut(&span.chunk.key.chunk)
+                    .unwrap()
+                    .1
+                    .get_mut(&span.extent);
                 if let Some(there) = there {
                     there.data = before.data;
                 }
@@ -318,7 +368,8 @@ impl Model {
                     for b in usize::from(span.first)..usize::from(span.first + span.count) {
                         there.data[b] = load(data, (b - usize::from(span.first)) * BLOCK);
                     }
-                    self.dirty.insert((span.chunk.key.chunk, Self::region(span.extent)));
+                    self.dirty
+                        .insert((span.chunk.key.chunk, Self::region(span.extent)));
                 }
             }
         }
@@ -333,7 +384,9 @@ impl Model {
         let kept = random(log.len() as u64 + 1) as usize;
         self.chunks = self.durable.clone();
         for (i, change) in log.iter().enumerate() {
-            let Some((_, extents)) = self.chunks.get_mut(&change.at.0) else { continue };
+            let Some((_, extents)) = self.chunks.get_mut(&change.at.0) else {
+                continue;
+            };
             let there = extents.entry(change.at.1).or_default();
             if i < kept {
                 there.image = change.after.image;
@@ -354,7 +407,10 @@ impl Model {
 
     /// A block rots.
     pub fn rot(&mut self, c: u32, extent: u16, b: usize) {
-        if let Some(there) = self.chunks.get_mut(&c).and_then(|(_, extents)| extents.get_mut(&extent))
+        if let Some(there) = self
+            .chunks
+            .get_mut(&c)
+            .and_then(|(_, extents)| extents.get_mut(&extent))
             && there.image.valid >> b & 1 != 0
         {
             there.data[b][0] ^= 0x5555_0000_0000_0000;
@@ -365,6 +421,8 @@ impl Model {
         self.chunks
             .get(&c)
             .and_then(|(_, extents)| extents.get(&extent))
-            .is_some_and(|there| there.image.valid >> b & 1 != 0 && crc(&there.data[b]) == there.image.crcs[b])
+            .is_some_and(|there| {
+                there.image.valid >> b & 1 != 0 && crc(&there.data[b]) == there.image.crcs[b]
+            })
     }
 }

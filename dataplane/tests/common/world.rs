@@ -274,7 +274,12 @@ impl World {
                 println!("{}   {effect:?}", self.clock);
             }
             match effect {
-                Effect::Send { disk, id, header, request } => {
+                Effect::Send {
+                    disk,
+                    id,
+                    header,
+                    request,
+                } => {
                     let uuid = self.owners[owner].disk(disk);
                     let node = self.node(uuid).ok_or("request to an unknown disk")?;
                     if !self.nodes[node].up {
@@ -356,7 +361,12 @@ impl World {
         self.clock += 1;
         self.stamp += 1;
         let blocks = end.div_ceil(SECTORS) - first / SECTORS;
-        let mut memory = Arena::new(if matches!(kind, OpKind::Read | OpKind::Write) { blocks as usize } else { 1 }).unwrap();
+        let mut memory = Arena::new(if matches!(kind, OpKind::Read | OpKind::Write) {
+            blocks as usize
+        } else {
+            1
+        })
+        .unwrap();
         let stamp = self.stamp << 20;
         let mut crcs = Vec::new();
         if kind == OpKind::Read {
@@ -368,7 +378,11 @@ impl World {
                 for b in 0..blocks {
                     let block: Block = std::array::from_fn(|i| {
                         let unit = (first / SECTORS + b) * SECTORS + i as u64;
-                        if unit >= first && unit < end { stamp | (unit & 0xf_ffff) } else { 0xdead_dead }
+                        if unit >= first && unit < end {
+                            stamp | (unit & 0xf_ffff)
+                        } else {
+                            0xdead_dead
+                        }
                     });
                     model::store(data, b as usize * BLOCK, &block);
                     crcs.push(model::crc(&block));
@@ -422,7 +436,11 @@ impl World {
             }
             (OpKind::Write | OpKind::Zero { .. }, result) => {
                 for unit in op.first..op.end {
-                    let stamp = if op.kind == OpKind::Write { op.stamp | (unit & 0xf_ffff) } else { 0 };
+                    let stamp = if op.kind == OpKind::Write {
+                        op.stamp | (unit & 0xf_ffff)
+                    } else {
+                        0
+                    };
                     match result {
                         Ok(()) => self.checker.acked(unit, stamp, op.begun, now),
                         Err(_) => self.checker.failed(unit, stamp, op.begun, now),
@@ -437,7 +455,11 @@ impl World {
             self.buried.push(op);
         }
         // What was given back is reused at once in production: spoil it.
-        if let Some(op) = self.buried.last_mut().filter(|op| released && op.kind == OpKind::Write) {
+        if let Some(op) = self
+            .buried
+            .last_mut()
+            .filter(|op| released && op.kind == OpKind::Write)
+        {
             let pages = op.memory.pages();
             op.memory.bytes_mut(0, pages).fill(0x77);
         }
@@ -445,11 +467,15 @@ impl World {
     }
 
     fn merge(&mut self) -> Checked {
-        let Some((owner, id, head, tail)) = self.merges.pop_front() else { return Ok(()) };
+        let Some((owner, id, head, tail)) = self.merges.pop_front() else {
+            return Ok(());
+        };
         if owner != self.owners.len() - 1 {
             return Ok(());
         }
-        let Some(op) = self.ops.get(&id) else { return Ok(()) };
+        let Some(op) = self.ops.get(&id) else {
+            return Ok(());
+        };
         let data = op.memory.payload(0);
         let (first, end) = (op.first, op.end);
         let blocks = end.div_ceil(SECTORS) - first / SECTORS;
@@ -503,9 +529,13 @@ impl World {
             _ => None,
         };
         let (owner, _, _, request) = &queue[at];
-        queue.iter().take(at).filter(|(other, ..)| other == owner).all(|(_, _, _, before)| {
-            place(before).is_some() && place(request).is_some() && place(before) != place(request)
-        })
+        queue
+            .iter()
+            .take(at)
+            .filter(|(other, ..)| other == owner)
+            .all(|(_, _, _, before)| {
+                place(before).is_some() && place(request).is_some() && place(before) != place(request)
+            })
     }
 
     /// The connection breaks; some of what was sent is still carried out, nothing is answered.
@@ -585,7 +615,9 @@ impl World {
     // ---- control ---------------------------------------------------------------------------------------------------
 
     fn decide(&mut self) -> Checked {
-        let Some((owner, proposal)) = self.proposals.pop_front() else { return Ok(()) };
+        let Some((owner, proposal)) = self.proposals.pop_front() else {
+            return Ok(());
+        };
         if owner != self.owners.len() - 1 {
             return Ok(());
         }
@@ -596,7 +628,11 @@ impl World {
             return self.call(|mirror, out| mirror.decided(Outcome::Moved(config), out));
         }
         self.control.config += 1;
-        let boots: BTreeMap<_, _> = self.nodes.iter().map(|node| (node.model.uuid, node.model.boot)).collect();
+        let boots: BTreeMap<_, _> = self
+            .nodes
+            .iter()
+            .map(|node| (node.model.uuid, node.model.boot))
+            .collect();
         let (disk, chunks) = match &proposal.change {
             Change::MarkStale { disk, chunks, .. }
             | Change::StartRebuild { disk, chunks }
@@ -604,8 +640,13 @@ impl World {
         };
         for c in chunks {
             let slots = &mut self.control.chunks[c as usize];
-            let in_sync = slots.iter().filter(|slot| slot.state == SlotState::InSync).count();
-            let Some(slot) = slots.iter_mut().find(|slot| slot.disk == disk) else { continue };
+            let in_sync = slots
+                .iter()
+                .filter(|slot| slot.state == SlotState::InSync)
+                .count();
+            let Some(slot) = slots.iter_mut().find(|slot| slot.disk == disk) else {
+                continue;
+            };
             match proposal.change {
                 Change::MarkStale { .. } => {
                     if slot.state != SlotState::InSync || in_sync > 1 {
@@ -638,9 +679,10 @@ impl World {
         if slots[i].state != SlotState::Stale {
             return Ok(());
         }
-        let spare = self.nodes.iter().position(|node| {
-            !slots.iter().any(|slot| slot.disk == node.model.uuid)
-        });
+        let spare = self
+            .nodes
+            .iter()
+            .position(|node| !slots.iter().any(|slot| slot.disk == node.model.uuid));
         let fresh = spare.is_none() || self.random.one_in(2);
         let node = match spare {
             Some(node) if !fresh => node,
@@ -680,7 +722,11 @@ impl World {
             .iter()
             .filter(|slot| slot.state == SlotState::InSync)
             .filter_map(|slot| self.node(slot.disk))
-            .filter(|&n| self.nodes[n].model.is_good(place.chunk, place.extent, place.first.into()))
+            .filter(|&n| {
+                self.nodes[n]
+                    .model
+                    .is_good(place.chunk, place.extent, place.first.into())
+            })
             .collect();
         if good.len() < 2 || slots.iter().any(|slot| slot.state != SlotState::InSync) {
             return;
@@ -688,7 +734,9 @@ impl World {
         let node = good[self.random.below(good.len() as u64) as usize];
         self.stats.rots += 1;
         self.note(&format!("rot {node} block {block}"));
-        self.nodes[node].model.rot(place.chunk, place.extent, place.first.into());
+        self.nodes[node]
+            .model
+            .rot(place.chunk, place.extent, place.first.into());
     }
 
     // ---- the run ---------------------------------------------------------------------------------------------------
@@ -762,7 +810,11 @@ impl World {
             12 => self.decide()?,
             13 => self.merge()?,
             14 => {
-                self.now += if self.faults { 1 + self.random.below(40) } else { 200 };
+                self.now += if self.faults {
+                    1 + self.random.below(40)
+                } else {
+                    200
+                };
                 let now = self.now;
                 self.call(|mirror, out| mirror.tick(now, out))?;
             }
@@ -804,7 +856,10 @@ impl World {
             if i > 400_000 {
                 return Err(format!(
                     "not in order after the faults ended: ops {:?} {:#?} {:?}",
-                    self.ops.iter().map(|(id, op)| (*id, op.kind, op.first, op.end)).collect::<Vec<_>>(),
+                    self.ops
+                        .iter()
+                        .map(|(id, op)| (*id, op.kind, op.first, op.end))
+                        .collect::<Vec<_>>(),
                     self.owners.last().map(Mirror::status),
                     self.control.chunks,
                 ));
@@ -830,7 +885,9 @@ impl World {
     }
 
     fn healed(&self) -> bool {
-        let Some(mirror) = self.owners.last() else { return false };
+        let Some(mirror) = self.owners.last() else {
+            return false;
+        };
         let status = mirror.status();
         self.ops.is_empty()
             && self.proposals.is_empty()
@@ -839,7 +896,12 @@ impl World {
             && status.unavailable == 0
             && status.regions_unsettled == 0
             && self.nodes.iter().all(|node| node.queue.is_empty())
-            && self.control.chunks.iter().flatten().all(|slot| slot.state == SlotState::InSync)
+            && self
+                .control
+                .chunks
+                .iter()
+                .flatten()
+                .all(|slot| slot.state == SlotState::InSync)
     }
 
     /// All in-sync replicas hold the same.
@@ -867,7 +929,10 @@ impl World {
                 .collect();
             for other in &images[1..] {
                 if *other != images[0] {
-                    return Err(format!("replicas of chunk {c} differ: {:?} and {other:?}", images[0]));
+                    return Err(format!(
+                        "replicas of chunk {c} differ: {:?} and {other:?}",
+                        images[0]
+                    ));
                 }
             }
         }
