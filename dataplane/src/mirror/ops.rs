@@ -448,12 +448,21 @@ impl Mirror {
                     return self.finish(p, Some(OpError::NoSpace), out);
                 }
             } else {
-                self.lose_slots(c, refused, true);
+                if refused & !lost != 0 {
+                    self.lose_slots(c, refused & !lost, true);
+                }
                 return;
             }
         }
         let missing = piece.need & !lost & !piece.no_space;
-        self.send_to(p, missing, out);
+        if missing != 0 {
+            // A replica is back: all get the write anew. Under its old version it could follow a newer write to other
+            // blocks of the extent, and the versions of the replicas would part.
+            (piece.acked, piece.no_space) = (0, 0);
+            self.unlist(p);
+            self.pieces[p].version = Version::ZERO;
+            self.send_write(p, out);
+        }
     }
 
     fn written(&mut self, p: u32, out: &mut Vec<Effect>) {

@@ -259,6 +259,7 @@ impl Mirror {
             return;
         }
         match (step, reply) {
+            (Step::Read { .. }, Some(Reply::Read { .. })) if self.tasks[t].failed => {}
             (Step::Digest { slot }, Some(Reply::Digest { in_doubt, extents })) => {
                 let task = &mut self.tasks[t];
                 task.in_doubt |= u8::from(in_doubt) << slot;
