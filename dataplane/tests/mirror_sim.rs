@@ -50,3 +50,36 @@ fn the_same_seed_gives_the_same_run() {
         assert_eq!(world::run(seed), world::run(seed), "seed {seed}");
     }
 }
+
+/// Each planted bug of the mirror is found by some seed.
+#[cfg(feature = "planted")]
+#[test]
+fn every_planted_bug_is_found() {
+    use unibody_dataplane::planted::{self, Bug};
+    let most = std::env::var("MIRROR_PLANTED_SEEDS").map_or(400, |n| n.parse().unwrap());
+    std::panic::set_hook(Box::new(|_| {}));
+    let mut missed = Vec::new();
+    for &bug in Bug::MIRROR {
+        let found = (0..most).find_map(|seed| {
+            planted::set(Some(bug));
+            let result = std::panic::catch_unwind(|| world::run(seed));
+            planted::set(None);
+            match result {
+                Ok(Ok(_)) => None,
+                Ok(Err(error)) => Some((seed, error)),
+                Err(_) => Some((seed, "an assertion of the model".into())),
+            }
+        });
+        match found {
+            Some((seed, error)) => {
+                println!(
+                    "{bug:?}: seed {seed}: {}",
+                    error.chars().take(160).collect::<String>()
+                );
+            }
+            None => missed.push(bug),
+        }
+    }
+    let _ = std::panic::take_hook();
+    assert!(missed.is_empty(), "not found within {most} seeds: {missed:?}");
+}

@@ -442,6 +442,7 @@ impl Mirror {
             self.advance(c, out);
             all &= self.chunks[c as usize].ready;
         }
+        self.all_ready = all;
         if self.phase == Phase::Attaching && all {
             self.phase = Phase::Serving;
             out.push(Effect::Attached {
@@ -582,6 +583,8 @@ impl Mirror {
         }
         chunk.rebooted = rebooted;
         chunk.ready = false;
+        self.all_ready = false;
+        self.candidate = self.candidate.map(|(want, _)| (want, self.stable));
         if rebooted {
             chunk.compare = !0;
         }
@@ -626,20 +629,19 @@ impl Mirror {
         let chunk = &mut self.chunks[c as usize];
         chunk.ready = true;
         chunk.served = true;
+        let mut regions = 0;
         for slot in &mut chunk.slots {
             if slot.used && slot.state == SlotState::InSync {
-                let doubtful = std::mem::take(&mut slot.doubtful);
-                if !planted::on(Bug::SkipReconcile) {
-                    chunk.unsettled |= doubtful;
-                }
+                regions |= std::mem::take(&mut slot.doubtful);
                 if self.disks[usize::from(slot.disk)].suspect {
-                    chunk.unsettled = !0;
+                    regions = !0;
                 }
             }
         }
         if planted::on(Bug::SkipReconcile) {
-            chunk.compare = 0;
+            (chunk.compare, regions) = (0, 0);
         }
+        self.add_unsettled(c, regions);
         self.queue_work(c);
         for region in 0..64 {
             self.look_region(c, region);
@@ -660,8 +662,20 @@ impl Mirror {
 
     /// The region's replicas may differ: nothing touches it before they were made equal.
     pub(super) fn unsettle(&mut self, c: u32, region: u8) {
-        self.chunks[c as usize].unsettled |= 1 << region;
+        self.add_unsettled(c, 1 << region);
         self.queue_work(c);
+    }
+
+    /// What is stable does not grow before the regions were made equal.
+    fn add_unsettled(&mut self, c: u32, regions: u64) {
+        let chunk = &mut self.chunks[c as usize];
+        self.unsettled += u64::from((regions & !chunk.unsettled).count_ones());
+        chunk.unsettled |= regions;
+        if regions != 0
+            && let Some((_, version)) = &mut self.candidate
+        {
+            *version = self.stable;
+        }
     }
 
     fn create(&mut self, c: u32, i: usize, out: &mut Vec<Effect>) {

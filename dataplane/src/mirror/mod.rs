@@ -309,6 +309,9 @@ pub struct Mirror {
     power_lost: bool,
     creating: u32,
     tasks_due: bool,
+    /// Chunks that are not ready, regions that are unsettled: while there are any, `stable` stays.
+    all_ready: bool,
+    unsettled: u64,
     counts: Counts,
 }
 
@@ -377,6 +380,8 @@ impl Mirror {
             power_lost: false,
             creating: 0,
             tasks_due: false,
+            all_ready: false,
+            unsettled: 0,
             counts: Counts::default(),
         };
         mirror.take_config(config, &mut Vec::new());

@@ -533,6 +533,7 @@ impl Mirror {
         let (c, region, members) = (self.tasks[t].chunk, self.tasks[t].region, self.tasks[t].members);
         let bit = 1u64 << region;
         let chunk = &mut self.chunks[c as usize];
+        self.unsettled -= u64::from(chunk.unsettled & bit != 0);
         chunk.unsettled &= !bit;
         chunk.check &= !bit;
         chunk.compare &= !bit;

@@ -80,7 +80,9 @@ pub struct Model {
     pub chunks: BTreeMap<u32, (ChunkRef, BTreeMap<u16, Extent>)>,
     durable: BTreeMap<u32, (ChunkRef, BTreeMap<u16, Extent>)>,
     log: Vec<Change>,
-    dirty: BTreeSet<(u32, u8)>,
+    /// The highest version written in each dirty region.
+    dirty: BTreeMap<(u32, u8), Version>,
+    stable: Version,
     doubt: BTreeSet<(u32, u8)>,
     pub full: bool,
     pub failed: bool,
@@ -96,7 +98,8 @@ impl Model {
             chunks: BTreeMap::new(),
             durable: BTreeMap::new(),
             log: Vec::new(),
-            dirty: BTreeSet::new(),
+            dirty: BTreeMap::new(),
+            stable: Version::ZERO,
             doubt: BTreeSet::new(),
             full: false,
             failed: false,
@@ -114,7 +117,8 @@ impl Model {
     }
 
     fn change(&mut self, c: u32, extent: u16, written: BlockMask, after: Extent) {
-        self.dirty.insert((c, Self::region(extent)));
+        let mark = self.dirty.entry((c, Self::region(extent))).or_default();
+        *mark = after.image.version.max(*mark);
         self.log.push(Change {
             at: (c, extent),
             after: after.clone(),
@@ -147,7 +151,7 @@ impl Model {
             let chunks = self.chunks.values().map(|(there, _)| {
                 let marks = self
                     .dirty
-                    .iter()
+                    .keys()
                     .chain(&self.doubt)
                     .filter(|(c, _)| *c == there.key.chunk);
                 (*there, marks.fold(0u64, |mask, (_, region)| mask | 1 << region))
@@ -163,6 +167,7 @@ impl Model {
         if header.generation != self.sealed {
             return Reply::Refused(Status::StaleGeneration);
         }
+        self.stable = self.stable.max(header.stable);
         let chunk = match request {
             Request::CreateChunk(chunk) | Request::DropChunk(chunk) => *chunk,
             Request::Write { span, .. } | Request::Zero { span, .. } | Request::Read { span, .. } => {
@@ -195,7 +200,7 @@ impl Model {
                     self.log.retain(|change| change.at.0 != c);
                     self.chunks.remove(&c);
                     self.durable.remove(&c);
-                    self.dirty.retain(|at| at.0 != c);
+                    self.dirty.retain(|at, _| at.0 != c);
                     self.doubt.retain(|at| at.0 != c);
                 }
                 return Reply::Done;
@@ -330,10 +335,11 @@ impl Model {
         self.log.clear();
     }
 
-    /// The disk forgets, when idle and flushed, that regions changed.
+    /// The disk forgets, when idle and flushed, that regions changed, if all replicas have what changed there.
     pub fn idle(&mut self) {
         if self.log.is_empty() {
-            self.dirty.clear();
+            let stable = self.stable;
+            self.dirty.retain(|_, version| *version > stable);
         }
     }
 
@@ -369,13 +375,14 @@ impl Model {
                         there.data[b] = load(data, (b - usize::from(span.first)) * BLOCK);
                     }
                     self.dirty
-                        .insert((span.chunk.key.chunk, Self::region(span.extent)));
+                        .entry((span.chunk.key.chunk, Self::region(span.extent)))
+                        .or_default();
                 }
             }
         }
         self.boot = BootId(boot);
         self.failed = false;
-        self.doubt.extend(std::mem::take(&mut self.dirty));
+        self.doubt.extend(std::mem::take(&mut self.dirty).into_keys());
     }
 
     /// The power fails: of what was not flushed a prefix of the records and any of the data survives.

@@ -92,7 +92,7 @@ pub struct Profile {
 impl Profile {
     pub fn draw(random: &mut Random) -> Self {
         let mut rate = |n: u64| if random.one_in(2) { n } else { 0 };
-        Profile {
+        let profile = Profile {
             disconnect: rate(300),
             restart: rate(400),
             power: rate(500),
@@ -106,6 +106,16 @@ impl Profile {
             copies: [1, 2, 2, 2, 3, 3][random.below(6) as usize],
             width: 1 + random.below(2) as u32,
             steps: 3_000,
+        };
+        if profile.rot == 0 {
+            return profile;
+        }
+        // Rot under a good copy that a crash then tears is beyond what can be told from a crash: the rest may be adopted.
+        Profile {
+            restart: 0,
+            power: 0,
+            site: 0,
+            ..profile
         }
     }
 }
