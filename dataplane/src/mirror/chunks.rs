@@ -11,7 +11,7 @@
 //! A chunk whose replicas have no recorded boot was never written: its replicas are created, their boots recorded, and
 //! only then does it take its first write. So a recorded replica that is not there is a replica that lost its data.
 
-use crate::config::{SLOTS_MAX, SlotState, VolumeConfig};
+use crate::config::{Change, SLOTS_MAX, SlotState, VolumeConfig};
 use crate::ids::{BootId, ChunkKey, PowerId};
 use crate::planted::{self, Bug};
 use crate::replica::{ChunkRef, Request, Sealed};
@@ -448,6 +448,12 @@ impl Mirror {
             out.push(Effect::Attached {
                 power_lost: self.power_lost,
             });
+            for p in 0..self.pieces.len() {
+                if self.pieces.is_used(p) && self.pieces[p].stage == Stage::Waiting {
+                    let (c, region) = self.place(p);
+                    self.look_region(c, region);
+                }
+            }
             self.flush_progress(out);
         }
         for p in 0..self.pieces.len() {
@@ -518,11 +524,23 @@ impl Mirror {
                 changed = true;
                 continue;
             }
+            let leaving = self
+                .proposed
+                .as_ref()
+                .is_some_and(|proposal| match &proposal.change {
+                    Change::MarkStale {
+                        disk: uuid, chunks, ..
+                    } => *uuid == disk.uuid && chunks.contains(&c),
+                    _ => false,
+                });
             let same = slot.boot == disk.boot || planted::on(Bug::OldBootIsSame);
             if trusted != 0 {
                 // Others serve: only a replica that forgot nothing goes on with them.
-                slot.lost = if same || fresh { Lost::No } else { Lost::Data };
-                changed = true;
+                // One whose MarkStale is out waits for the outcome.
+                if (same || fresh) && !leaving {
+                    slot.lost = Lost::No;
+                    changed = true;
+                }
                 continue;
             }
             back |= bit;
@@ -566,7 +584,10 @@ impl Mirror {
             let disk = &self.disks[usize::from(slot.disk)];
             unflushed |= disk.lost_unflushed;
             if chosen >> i & 1 == 0 {
-                slot.lost = Lost::Data;
+                // It has to become stale; if the control state drops the chosen ones instead, it is looked at again.
+                if slot.boot == disk.boot {
+                    slot.lost = Lost::Data;
+                }
                 continue;
             }
             rebooted &= slot.boot != disk.boot;

@@ -472,7 +472,13 @@ impl Mirror {
                 out.push(Effect::Detached);
             }
             Phase::Attaching | Phase::Serving => {
+                let attached = self.phase == Phase::Serving;
                 self.phase = Phase::Draining;
+                for op in 0..self.limits.ops {
+                    if !attached {
+                        self.cancel(op, OpError::Gone, out);
+                    }
+                }
                 self.begin_round(out);
                 self.pump(out);
             }

@@ -349,7 +349,7 @@ impl Mirror {
         }
     }
 
-    fn place(&self, p: u32) -> (u32, u8) {
+    pub(super) fn place(&self, p: u32) -> (u32, u8) {
         let piece = &self.pieces[p];
         (
             piece.chunk,

@@ -115,6 +115,7 @@ impl Profile {
             restart: 0,
             power: 0,
             site: 0,
+            fail: 0,
             ..profile
         }
     }
@@ -926,7 +927,9 @@ impl World {
                         .iter()
                         .filter(|(_, extent)| extent.image.valid != 0 || extent.image.lost != 0)
                         .map(|(at, extent)| {
+                            // Where nothing lies beneath, zeros and nothing are the same.
                             let mut image = extent.image;
+                            image.zero = 0;
                             for b in 0..16 {
                                 if image.valid >> b & 1 == 0 {
                                     image.crcs[b] = 0;
