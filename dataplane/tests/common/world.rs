@@ -91,7 +91,8 @@ pub struct Profile {
 
 impl Profile {
     pub fn draw(random: &mut Random) -> Self {
-        let mut rate = |n: u64| if random.one_in(2) { n } else { 0 };
+        let storm = [1, 1, 4][random.below(3) as usize];
+        let mut rate = |n: u64| if random.one_in(2) { n / storm } else { 0 };
         let profile = Profile {
             disconnect: rate(300),
             restart: rate(400),
@@ -279,6 +280,7 @@ impl World {
 
     fn effects(&mut self, out: Vec<Effect>) -> Checked {
         let owner = self.owners.len() - 1;
+        let mut abandoned = Vec::new();
         for effect in out {
             self.clock += 1;
             if self.trace {
@@ -319,13 +321,7 @@ impl World {
                         self.checker.power_lost(self.clock);
                     }
                 }
-                Effect::Abandon { disk } => {
-                    let uuid = self.owners[owner].disk(disk);
-                    let node = self.node(uuid).ok_or("unknown disk")?;
-                    self.note("abandon");
-                    self.nodes[node].stuck = false;
-                    self.disconnect(node)?;
-                }
+                Effect::Abandon { disk } => abandoned.push(self.owners[owner].disk(disk)),
                 Effect::Fenced => return Err("fenced, but there is no other owner".into()),
                 Effect::Failed => {
                     self.stats.failed += 1;
@@ -333,6 +329,12 @@ impl World {
                 }
                 Effect::NewGeneration | Effect::Detached => {}
             }
+        }
+        for uuid in abandoned {
+            let node = self.node(uuid).ok_or("unknown disk")?;
+            self.note("abandon");
+            self.nodes[node].stuck = false;
+            self.disconnect(node)?;
         }
         Ok(())
     }
