@@ -555,7 +555,7 @@ impl Mirror {
             let waited = self.phase != Phase::Attaching
                 || self.now.saturating_sub(self.started) >= self.limits.attach_wait_ms;
             let all = silent == 0 || planted::on(Bug::SkipSeal);
-            if (kept != 0 && (all || waited)) || (kept == 0 && all) {
+            if all || kept != 0 && waited {
                 let mut chosen = if kept != 0 { kept } else { back };
                 if chosen & clean != 0 {
                     chosen &= clean;

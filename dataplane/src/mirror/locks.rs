@@ -185,8 +185,12 @@ impl Mirror {
         while w != NIL {
             let other = self.pieces[w].kind;
             if self.piece_mask(w) & mask != 0 && !(kind == PieceKind::Read && other == PieceKind::Read) {
-                return !(planted::on(Bug::WritesIgnoreConflicts) && kind != PieceKind::Read)
-                    && !(planted::on(Bug::ReadsIgnoreConflicts) && kind == PieceKind::Read);
+                let bug = if kind == PieceKind::Read {
+                    Bug::ReadsIgnoreConflicts
+                } else {
+                    Bug::WritesIgnoreConflicts
+                };
+                return !planted::on(bug);
             }
             w = self.pieces[w].next;
         }
