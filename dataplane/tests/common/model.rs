@@ -252,6 +252,8 @@ impl Model {
                 for b in 0..16 {
                     if span.mask() >> b & 1 != 0 {
                         extent.image.crcs[b] = 0;
+                        // What is cut is zeroed before it may be valid again.
+                        extent.data[b] = [0; 8];
                     }
                 }
                 self.change(c, span.extent, 0, extent);
@@ -315,6 +317,11 @@ impl Model {
                     }
                 }
                 extent.image = image;
+                for b in 0..16 {
+                    if image.valid >> b & 1 == 0 {
+                        extent.data[b] = [0; 8];
+                    }
+                }
                 self.change(c, at, write, extent);
                 Reply::Done
             }
@@ -399,7 +406,8 @@ impl Model {
                 there.image = change.after.image;
             }
             for b in 0..16 {
-                if change.written >> b & 1 != 0 && random(4) != 0 {
+                let cut = change.after.image.valid >> b & 1 == 0;
+                if cut || change.written >> b & 1 != 0 && random(4) != 0 {
                     there.data[b] = change.after.data[b];
                 }
             }
