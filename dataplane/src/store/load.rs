@@ -60,9 +60,9 @@ pub(super) fn load(io: &mut dyn BlockIo, findings: &mut Vec<Finding>) -> Result<
     let seed = Seed::new(layout.superblock.uuid);
     let mut headers = [None; 2];
     let mut block = vec![0; BLOCK];
-    for area in 0..2 {
+    for (area, header) in headers.iter_mut().enumerate() {
         match io.read(layout.checkpoints[area], &mut block) {
-            Ok(()) => headers[area] = CheckpointHeader::decode(&seed, area as u32, &block),
+            Ok(()) => *header = CheckpointHeader::decode(&seed, area as u32, &block),
             Err(IoError::Media) => findings.push(Finding::CheckpointHeader { area }),
             Err(e) => return Err(e.into()),
         }

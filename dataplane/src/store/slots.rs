@@ -15,7 +15,7 @@ impl Slots {
     /// All `count` slots free.
     pub(super) fn new(count: u64) -> Self {
         let mut words = vec![0u64; count.div_ceil(64) as usize];
-        if count % 64 != 0 {
+        if !count.is_multiple_of(64) {
             *words.last_mut().expect("at least one slot") = u64::MAX << (count % 64);
         }
         Slots { words, free: count }

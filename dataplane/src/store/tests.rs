@@ -219,3 +219,136 @@ fn a_failed_write_or_flush_ends_the_disk() {
         assert!(rig.store.idle());
     }
 }
+
+/// Many more record pages than frames, many requests at once, a ring that wraps again and again.
+#[test]
+fn works_with_a_small_cache_and_a_small_journal() {
+    let (mut rig, _) = Rig::open(formatted(128 << 20, 64 << 10), 1);
+    rig.ask(header(1, 0), Request::Seal);
+    for c in 0..2 {
+        rig.ask(header(1, 0), Request::CreateChunk(chunk(c, 1)));
+    }
+    let mut rng = Rng(1);
+    let mut versions = std::collections::BTreeMap::new();
+    for version in 1..6000u64 {
+        let (c, extent) = (rng.below(2) as u32, rng.below(800) as u16);
+        let page = version as usize % 64;
+        if version % 64 == 0 {
+            rig.drain();
+        }
+        let write = rig.stamped(page, span(chunk(c, 1), extent, 3, 1), version);
+        rig.submit(header(1, 0), write);
+        versions.insert((c, extent), version);
+        if !rig.flying.is_empty() && rng.below(2) == 0 {
+            rig.complete(rng.below(rig.flying.len() as u64) as usize);
+            rig.batch();
+        }
+    }
+    rig.drain();
+    assert!(rig.replies.iter().all(|r| r.1 == Reply::Done) && rig.replies.len() == 5999);
+    let stats = rig.store.stats();
+    assert!(stats.checkpoints > 10 && stats.cache_misses > 100, "{stats:?}");
+    rig.close();
+    for boot in 2..4 {
+        let (mut again, report) = Rig::open(rig.disk, boot);
+        assert!(report.damage.is_empty());
+        again.ask(header(boot as u32, 0), Request::Seal);
+        for (&(c, extent), &version) in &versions {
+            let (holes, bad, bytes) = again.read(boot as u32, span(chunk(c, 1), extent, 3, 1));
+            assert_eq!(
+                (holes, bad, version_of(&bytes, c, extent, 3)),
+                (0, 0, Ok(version))
+            );
+        }
+        rig = again;
+    }
+}
+
+/// Idle chunks are marked clean, and a crash then leaves nothing in doubt; without it, what was written is.
+#[test]
+fn idle_chunks_become_clean() {
+    for wait in [false, true] {
+        let mut rig = rig();
+        let write = rig.stamped(0, span(chunk(0, 1), 20, 0, 1), 1);
+        rig.ask(header(1, 0), write);
+        rig.tick(if wait { background::CLEAN_AFTER_MS } else { 10 });
+        rig.drain();
+        rig.ask(header(1, 0), Request::Flush);
+        let disk = rig.crash(&mut Rng(3));
+        let (_, report) = Rig::open(disk, 2);
+        assert_eq!(report.in_doubt_regions, u64::from(!wait));
+        assert!(!report.clean);
+    }
+}
+
+/// What the state machine itself costs: run by hand, with `--ignored --nocapture`, in release.
+#[test]
+#[ignore = "a measurement, not a test"]
+fn cost_of_a_cached_write_and_read() {
+    let (mut rig, _) = Rig::open(formatted(128 << 20, 64 << 20), 1);
+    rig.ask(header(1, 0), Request::Seal);
+    rig.ask(header(1, 0), Request::CreateChunk(chunk(0, 1)));
+    let s = span(chunk(0, 1), 0, 0, 1);
+    let write = rig.stamped(0, s, 7);
+    rig.ask(header(1, 0), write);
+    let data = rig.memory.payload(0);
+    let Request::Write { crcs, .. } = write else {
+        panic!()
+    };
+    for (name, request) in [
+        ("write", write),
+        (
+            "read",
+            Request::Read {
+                span: s,
+                raw: false,
+                data,
+            },
+        ),
+    ] {
+        let mut out = Vec::with_capacity(1024);
+        let mut done = Vec::with_capacity(1024);
+        let start = std::time::Instant::now();
+        let rounds = 5_000u32;
+        for _ in 0..rounds {
+            for n in 0..32u16 {
+                let mut request = request;
+                match &mut request {
+                    Request::Write { span, .. } | Request::Read { span, .. } => {
+                        span.first = (n % 16) as u8;
+                    }
+                    _ => {}
+                }
+                rig.store
+                    .submit(Tag(u64::from(n)), header(1, 0), request, &mut out);
+            }
+            rig.store.flush_batch(&mut out);
+            loop {
+                for effect in out.drain(..) {
+                    if let Effect::Io { token, io } = effect {
+                        assert!(
+                            !matches!(io, Io::Verify { .. }),
+                            "the journal is large enough for no checkpoint"
+                        );
+                        done.push(Completion {
+                            token,
+                            result: Ok(()),
+                            crcs,
+                        });
+                    }
+                }
+                if done.is_empty() {
+                    break;
+                }
+                for completion in done.drain(..) {
+                    rig.store.completed(completion, &mut out);
+                }
+                rig.store.flush_batch(&mut out);
+            }
+        }
+        println!(
+            "{name}: {} ns",
+            start.elapsed().as_nanos() / u128::from(rounds * 32)
+        );
+    }
+}

@@ -388,9 +388,10 @@ impl Rig {
         let mut flying = Vec::new();
         for f in &self.flying {
             match f.io {
-                // SAFETY: see `gather`.
                 Io::Write { offset, len, data } => {
-                    flying.push((offset, unsafe { gather(data, len as usize) }))
+                    // SAFETY: see `gather`.
+                    let bytes = unsafe { gather(data, len as usize) };
+                    flying.push((offset, bytes));
                 }
                 Io::WriteZeroes { offset, len } => flying.push((offset, vec![0; len as usize])),
                 Io::Read { .. } | Io::Verify { .. } | Io::Flush => {}

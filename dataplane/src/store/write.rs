@@ -45,9 +45,8 @@ impl Store {
         image.valid |= mask;
         image.zero &= !mask;
         image.lost &= !mask;
-        for b in usize::from(span.first)..usize::from(span.first + span.count) {
-            image.crcs[b] = crcs[b];
-        }
+        let blocks = usize::from(span.first)..usize::from(span.first + span.count);
+        image.crcs[blocks.clone()].copy_from_slice(&crcs[blocks]);
         self.counters.writes += 1;
         let need = self.change_record(i, frame, slot, Record::Extent(record));
         self.wait_journal(i, need);
@@ -73,9 +72,7 @@ impl Store {
         image.valid &= !mask;
         image.lost &= !mask;
         image.zero |= mask;
-        for b in usize::from(span.first)..usize::from(span.first + span.count) {
-            image.crcs[b] = 0;
-        }
+        image.crcs[usize::from(span.first)..usize::from(span.first + span.count)].fill(0);
         self.counters.zeroes += 1;
         let need = self.change_record(i, frame, slot, Record::Extent(record));
         self.wait_journal(i, need);
