@@ -1,6 +1,6 @@
 //! Making an extent exactly what the owner says: resync, repair, adoption.
 
-use super::codec::{ENTRY_MAX, Record};
+use super::codec::Record;
 use super::ops::Step;
 use super::write::{Found, runs};
 use super::{Effect, Store};
@@ -50,7 +50,6 @@ impl Store {
             }
         }
         self.counters.installs += 1;
-        debug_assert!(ENTRY_MAX < BLOCK);
         let need = self.change_record(i, frame, slot, Record::Extent(record));
         self.wait_journal(i, need);
         runs(write, |first, count| {

@@ -36,6 +36,15 @@ mod read;
 mod slots;
 mod stats;
 mod tables;
+#[cfg(test)]
+mod tests;
+#[cfg(test)]
+mod tests_crash;
+#[cfg(test)]
+mod tests_disk;
+#[cfg(test)]
+mod tests_golden;
+mod window;
 mod write;
 
 use std::collections::VecDeque;
@@ -60,6 +69,7 @@ use ops::{List, Ops, Step};
 use slots::Slots;
 use stats::Counters;
 use tables::Tables;
+use window::Windows;
 
 /// Requests that wait for an operation to become free. Whoever submits keeps fewer than this many unanswered; beyond,
 /// requests are refused as [`Status::Invalid`].
@@ -128,6 +138,7 @@ pub struct Store {
     arena: Arena,
     tables: Tables,
     slots: Slots,
+    windows: Windows,
     quarantined: u64,
     cache: Cache,
     journal: Journal,

@@ -8,6 +8,7 @@ use super::cache::Held;
 use super::codec::{ENTRY_MAX, Entry, ExtentRecord, RECORD, RECORDS_PER_PAGE, Record};
 use super::ops::Step;
 use super::tables::{ABSENT, EMPTY};
+use super::window::Taken;
 use super::{Effect, Kind, Store, token};
 use crate::disk::Io;
 use crate::ids::{BLOCK, EXTENTS_PER_REGION};
@@ -44,9 +45,8 @@ impl Store {
         image.valid |= mask;
         image.zero &= !mask;
         image.lost &= !mask;
-        for b in usize::from(span.first)..usize::from(span.first + span.count) {
-            image.crcs[b] = crcs[b];
-        }
+        let blocks = usize::from(span.first)..usize::from(span.first + span.count);
+        image.crcs[blocks.clone()].copy_from_slice(&crcs[blocks]);
         self.counters.writes += 1;
         let need = self.change_record(i, frame, slot, Record::Extent(record));
         self.wait_journal(i, need);
@@ -72,9 +72,7 @@ impl Store {
         image.valid &= !mask;
         image.lost &= !mask;
         image.zero |= mask;
-        for b in usize::from(span.first)..usize::from(span.first + span.count) {
-            image.crcs[b] = 0;
-        }
+        image.crcs[usize::from(span.first)..usize::from(span.first + span.count)].fill(0);
         self.counters.zeroes += 1;
         let need = self.change_record(i, frame, slot, Record::Extent(record));
         self.wait_journal(i, need);
@@ -98,7 +96,7 @@ impl Store {
         }
         let map = self.tables.chunks[place as usize]
             .map
-            .as_mut()
+            .as_ref()
             .expect("a live chunk has a map");
         let mut slot = map[usize::from(extent)];
         if slot == ABSENT {
@@ -106,12 +104,26 @@ impl Store {
                 self.end(i, crate::replica::Reply::Done, out);
                 return Found::Later;
             }
-            let Some(taken) = self.slots.take() else {
-                self.refuse(i, Status::NoSpace, out);
-                return Found::Later;
+            slot = match self.take_slot(out) {
+                Taken::Slot(slot) => slot,
+                Taken::Full => {
+                    self.refuse(i, Status::NoSpace, out);
+                    return Found::Later;
+                }
+                Taken::Wait(need) => {
+                    self.wait_flush(i, need, Step::Begin);
+                    return Found::Later;
+                }
+                Taken::NoRoom => {
+                    self.ops.push(&mut self.journal_wait, i);
+                    return Found::Later;
+                }
             };
-            map[usize::from(extent)] = taken;
-            slot = taken;
+            let map = self.tables.chunks[place as usize]
+                .map
+                .as_mut()
+                .expect("a live chunk has a map");
+            map[usize::from(extent)] = slot;
         }
         slot &= !EMPTY;
         let state = &mut self.tables.chunks[place as usize];
@@ -131,6 +143,16 @@ impl Store {
         if !self.make_room(ENTRY_MAX, out) {
             self.ops.push(&mut self.journal_wait, i);
             return Found::Later;
+        }
+        if !self.windows.counts(slot) && self.record(frame, slot) == Record::Free {
+            // Its window was replaced while the operation waited; nothing was written to it.
+            let map = self.tables.chunks[place as usize]
+                .map
+                .as_mut()
+                .expect("a live chunk has a map");
+            map[usize::from(extent)] = ABSENT;
+            self.slots.give(slot);
+            return self.prepare_change(i, chunk, extent, create, out);
         }
         Found::Here((slot, frame))
     }
