@@ -239,7 +239,7 @@ impl Store {
     pub(super) fn change_record(&mut self, i: u32, frame: u32, slot: u32, record: Record) -> u64 {
         let (place, extent) = (self.ops[i].place, usize::from(self.ops[i].extent));
         let at = slot as usize % RECORDS_PER_PAGE * RECORD;
-        let before = self.record(frame, slot);
+        let was_free = super::codec::get_u16(self.arena.bytes(frame as usize, 1), at) == 0;
         let mut bytes = [0; RECORD];
         record.encode(&self.seed, slot, &mut bytes);
         self.arena.bytes_mut(frame as usize, 1)[at..at + RECORD].copy_from_slice(&bytes);
@@ -251,7 +251,7 @@ impl Store {
             Record::Extent(r) => r.image.valid | r.image.lost == 0,
             Record::Free | Record::Quarantined => false,
         };
-        chunk.entry.extents += u32::from(before == Record::Free);
+        chunk.entry.extents += u32::from(was_free);
         chunk.empties += u32::from(empty);
         chunk.empties -= u32::from(was_empty);
         if record == Record::Free {
