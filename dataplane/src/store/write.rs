@@ -9,7 +9,7 @@ use super::codec::{ENTRY_MAX, Entry, ExtentRecord, RECORD, RECORDS_PER_PAGE, Rec
 use super::ops::Step;
 use super::tables::{ABSENT, EMPTY};
 use super::window::Taken;
-use super::{Effect, Kind, Store, token};
+use super::{Effect, Failure, Kind, Store, token};
 use crate::disk::Io;
 use crate::ids::{BLOCK, EXTENTS_PER_REGION};
 use crate::planted::{self, Bug};
@@ -39,7 +39,9 @@ impl Store {
             return;
         };
         let mask = span.mask();
-        let mut record = self.extent_record(frame, slot, &span.chunk, span.extent);
+        let Some(mut record) = self.extent_record(frame, slot, &span.chunk, span.extent) else {
+            return self.fail(Failure::MetadataRead, out);
+        };
         let image = &mut record.image;
         image.version = image.version.max(version);
         image.valid |= mask;
@@ -66,7 +68,9 @@ impl Store {
             return;
         };
         let mask = span.mask();
-        let mut record = self.extent_record(frame, slot, &span.chunk, span.extent);
+        let Some(mut record) = self.extent_record(frame, slot, &span.chunk, span.extent) else {
+            return self.fail(Failure::MetadataRead, out);
+        };
         let image = &mut record.image;
         image.version = image.version.max(version);
         image.valid &= !mask;
@@ -214,23 +218,24 @@ impl Store {
         Record::decode_trusted(bytes).expect("pages are checked when they are loaded")
     }
 
-    /// The record of an extent that has this slot, or an empty one.
+    /// The record of an extent that has this slot, or an empty one. `None`: the page is not what was written.
     #[inline]
-    pub(super) fn extent_record(&self, frame: u32, slot: u32, chunk: &ChunkRef, extent: u16) -> ExtentRecord {
+    pub(super) fn extent_record(
+        &self,
+        frame: u32,
+        slot: u32,
+        chunk: &ChunkRef,
+        extent: u16,
+    ) -> Option<ExtentRecord> {
         match self.record(frame, slot) {
-            Record::Free => ExtentRecord {
+            Record::Free => Some(ExtentRecord {
                 chunk: *chunk,
                 extent,
                 image: ExtentImage::default(),
-            },
-            Record::Extent(record) => {
-                assert!(
-                    record.chunk == *chunk && record.extent == extent,
-                    "slot {slot} is another extent's"
-                );
-                record
-            }
-            Record::Quarantined => unreachable!("no extent has a quarantined slot"),
+            }),
+            // Another extent's: the device lost a write of this page, or returned an old one.
+            Record::Extent(record) => (record.chunk == *chunk && record.extent == extent).then_some(record),
+            Record::Quarantined => None,
         }
     }
 
