@@ -588,7 +588,7 @@ pub struct BlockHeader {
     pub count: u32,
     /// Place in the chain; the block lies at `sequence % ring`.
     pub sequence: u64,
-    /// All blocks up to here were known flushed when this one was written.
+    /// All blocks before this one were known flushed when this block was written.
     pub flushed: u64,
     /// Boot that wrote it.
     pub boot: u128,

@@ -3,7 +3,7 @@
 use super::codec::Record;
 use super::ops::Step;
 use super::write::{Found, runs};
-use super::{Effect, Store};
+use super::{Effect, Failure, Store};
 use crate::ids::BLOCK;
 use crate::replica::{Request, Status};
 
@@ -26,11 +26,13 @@ impl Store {
         let Found::Here((slot, frame)) = self.prepare_change(i, &chunk, extent, !remove, out) else {
             return;
         };
+        let Some(mut record) = self.extent_record(frame, slot, &chunk, extent) else {
+            return self.fail(Failure::MetadataRead, out);
+        };
         if remove {
             self.ops[i].slot = slot;
             return self.begin_zeroing(i, out);
         }
-        let mut record = self.extent_record(frame, slot, &chunk, extent);
         let kept = image.valid & !write;
         let mut agree = kept & !record.image.valid == 0;
         runs(kept, |first, count| {

@@ -309,7 +309,7 @@ fn cost_of_a_cached_write_and_read() {
         let mut out = Vec::with_capacity(1024);
         let mut done = Vec::with_capacity(1024);
         let start = std::time::Instant::now();
-        let rounds = 5_000u32;
+        let rounds = 3_000u32;
         for _ in 0..rounds {
             for n in 0..32u16 {
                 let mut request = request;

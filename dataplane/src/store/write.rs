@@ -9,7 +9,7 @@ use super::codec::{ENTRY_MAX, Entry, ExtentRecord, RECORD, RECORDS_PER_PAGE, Rec
 use super::ops::Step;
 use super::tables::{ABSENT, EMPTY};
 use super::window::Taken;
-use super::{Effect, Kind, Store, token};
+use super::{Effect, Failure, Kind, Store, token};
 use crate::disk::Io;
 use crate::ids::{BLOCK, EXTENTS_PER_REGION};
 use crate::planted::{self, Bug};
@@ -39,7 +39,9 @@ impl Store {
             return;
         };
         let mask = span.mask();
-        let mut record = self.extent_record(frame, slot, &span.chunk, span.extent);
+        let Some(mut record) = self.extent_record(frame, slot, &span.chunk, span.extent) else {
+            return self.fail(Failure::MetadataRead, out);
+        };
         let image = &mut record.image;
         image.version = image.version.max(version);
         image.valid |= mask;
@@ -66,7 +68,9 @@ impl Store {
             return;
         };
         let mask = span.mask();
-        let mut record = self.extent_record(frame, slot, &span.chunk, span.extent);
+        let Some(mut record) = self.extent_record(frame, slot, &span.chunk, span.extent) else {
+            return self.fail(Failure::MetadataRead, out);
+        };
         let image = &mut record.image;
         image.version = image.version.max(version);
         image.valid &= !mask;
@@ -214,23 +218,24 @@ impl Store {
         Record::decode_trusted(bytes).expect("pages are checked when they are loaded")
     }
 
-    /// The record of an extent that has this slot, or an empty one.
+    /// The record of an extent that has this slot, or an empty one. `None`: the page is not what was written.
     #[inline]
-    pub(super) fn extent_record(&self, frame: u32, slot: u32, chunk: &ChunkRef, extent: u16) -> ExtentRecord {
+    pub(super) fn extent_record(
+        &self,
+        frame: u32,
+        slot: u32,
+        chunk: &ChunkRef,
+        extent: u16,
+    ) -> Option<ExtentRecord> {
         match self.record(frame, slot) {
-            Record::Free => ExtentRecord {
+            Record::Free => Some(ExtentRecord {
                 chunk: *chunk,
                 extent,
                 image: ExtentImage::default(),
-            },
-            Record::Extent(record) => {
-                assert!(
-                    record.chunk == *chunk && record.extent == extent,
-                    "slot {slot} is another extent's"
-                );
-                record
-            }
-            Record::Quarantined => unreachable!("no extent has a quarantined slot"),
+            }),
+            // Another extent's: the device lost a write of this page, or returned an old one.
+            Record::Extent(record) => (record.chunk == *chunk && record.extent == extent).then_some(record),
+            Record::Quarantined => None,
         }
     }
 
@@ -239,7 +244,7 @@ impl Store {
     pub(super) fn change_record(&mut self, i: u32, frame: u32, slot: u32, record: Record) -> u64 {
         let (place, extent) = (self.ops[i].place, usize::from(self.ops[i].extent));
         let at = slot as usize % RECORDS_PER_PAGE * RECORD;
-        let before = self.record(frame, slot);
+        let was_free = super::codec::get_u16(self.arena.bytes(frame as usize, 1), at) == 0;
         let mut bytes = [0; RECORD];
         record.encode(&self.seed, slot, &mut bytes);
         self.arena.bytes_mut(frame as usize, 1)[at..at + RECORD].copy_from_slice(&bytes);
@@ -251,7 +256,7 @@ impl Store {
             Record::Extent(r) => r.image.valid | r.image.lost == 0,
             Record::Free | Record::Quarantined => false,
         };
-        chunk.entry.extents += u32::from(before == Record::Free);
+        chunk.entry.extents += u32::from(was_free);
         chunk.empties += u32::from(empty);
         chunk.empties -= u32::from(was_empty);
         if record == Record::Free {
