@@ -276,7 +276,7 @@ fn walk(
                 let offset = offset + (b * BLOCK) as u64;
                 if !whole && io.read(offset, block).is_err() {
                     findings.push(Finding::Unreadable { offset });
-                } else if crc32c::crc32c(block) == record.image.crcs[b] {
+                } else if crate::checksum::crc32c(block) == record.image.crcs[b] {
                 } else if doubtful {
                     report.in_doubt += 1;
                 } else {

@@ -143,7 +143,7 @@ impl Store {
             let frame = cp.frames[cp.done + k];
             let mut page = [0; BLOCK];
             page.copy_from_slice(self.arena.bytes(frame as usize, 1));
-            let crc = crc32c::crc32c(&page);
+            let crc = crate::checksum::crc32c(&page);
             self.arena.bytes_mut(cp.first_page + k, 1).copy_from_slice(&page);
             cp.round
                 .push((frame, self.cache.frames[frame as usize].page, crc));

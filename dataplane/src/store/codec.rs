@@ -3,6 +3,7 @@
 //! Little-endian, fixed places, no padding that is not written as zero; `docs/formats/disk.md` is the normative text.
 //! Decoding never trusts a byte: what does not check is an error value, never a panic. Absent on purpose: I/O and policy.
 
+use crate::checksum::crc32c;
 use crate::ids::{
     BLOCK, BLOCKS_PER_EXTENT, BlockMask, ChunkKey, EXTENTS_PER_CHUNK, LayerId, Version, VolumeId,
 };
@@ -57,7 +58,7 @@ fn put(bytes: &mut [u8], at: usize, value: &[u8]) {
 #[derive(Clone, Debug)]
 pub struct Seed {
     key: [u8; 32],
-    crc: u32,
+    uuid: [u8; 16],
 }
 
 impl Seed {
@@ -69,7 +70,7 @@ impl Seed {
         key[16..].copy_from_slice(b"unibody disk v1\0");
         Seed {
             key,
-            crc: crc32c::crc32c(&bytes),
+            uuid: bytes,
         }
     }
 
@@ -97,7 +98,11 @@ impl Seed {
     }
 
     fn record_crc(&self, slot: u32, bytes: &[u8]) -> u32 {
-        crc32c::crc32c_append(crc32c::crc32c_append(self.crc, &slot.to_le_bytes()), bytes)
+        let mut seeded = [0; 20 + RECORD];
+        seeded[..16].copy_from_slice(&self.uuid);
+        seeded[16..20].copy_from_slice(&slot.to_le_bytes());
+        seeded[20..20 + bytes.len()].copy_from_slice(bytes);
+        crc32c(&seeded[..20 + bytes.len()])
     }
 }
 

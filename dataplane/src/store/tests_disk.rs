@@ -312,7 +312,7 @@ impl Rig {
                         unsafe { scatter(data, &bytes) };
                         if wanted {
                             for (crc, block) in crcs.iter_mut().zip(bytes.chunks(BLOCK)) {
-                                *crc = crc32c::crc32c(block);
+                                *crc = crate::checksum::crc32c(block);
                             }
                         }
                     }
@@ -321,7 +321,7 @@ impl Rig {
                     let mut bytes = vec![0; len as usize];
                     result = self.disk.read(offset, &mut bytes);
                     for (crc, block) in crcs.iter_mut().zip(bytes.chunks(BLOCK)) {
-                        *crc = crc32c::crc32c(block);
+                        *crc = crate::checksum::crc32c(block);
                     }
                 }
                 Io::Write { offset, len, data } => {
@@ -407,7 +407,7 @@ impl Rig {
         for b in 0..span.count {
             let bytes = self.memory.bytes_mut(page + usize::from(b), 1);
             stamp(bytes, span.chunk.key.chunk, span.extent, span.first + b, version);
-            crcs[usize::from(span.first + b)] = crc32c::crc32c(bytes);
+            crcs[usize::from(span.first + b)] = crate::checksum::crc32c(bytes);
         }
         Request::Write {
             span,
