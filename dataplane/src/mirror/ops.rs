@@ -146,7 +146,6 @@ pub(super) struct Op {
     progress: u64,
 }
 
-// SAFETY is not needed here: payloads are names (see `memory`).
 impl Default for Op {
     fn default() -> Self {
         Op {
@@ -190,14 +189,14 @@ impl Mirror {
         );
         let block = BLOCK as u64;
         let (aligned, end) = (
-            offset % block == 0 && len % block == 0,
+            offset.is_multiple_of(block) && len.is_multiple_of(block),
             offset.saturating_add(len),
         );
         let valid = match kind {
             OpKind::Read => aligned && len <= LEN_MAX,
             OpKind::Write => {
-                offset % 512 == 0
-                    && len % 512 == 0
+                offset.is_multiple_of(512)
+                    && len.is_multiple_of(512)
                     && len <= LEN_MAX
                     && crcs.len() as u64 >= end.div_ceil(block) - offset / block
             }
@@ -224,8 +223,8 @@ impl Mirror {
             data,
             next: first,
             end: last,
-            head: kind == OpKind::Write && offset % block != 0,
-            tail: kind == OpKind::Write && end % block != 0,
+            head: kind == OpKind::Write && !offset.is_multiple_of(block),
+            tail: kind == OpKind::Write && !end.is_multiple_of(block),
             progress: self.now,
             ..Op::default()
         };
@@ -349,7 +348,7 @@ impl Mirror {
         }
     }
 
-    fn place(&self, p: u32) -> (u32, u8) {
+    pub(super) fn place(&self, p: u32) -> (u32, u8) {
         let piece = &self.pieces[p];
         (
             piece.chunk,

@@ -80,7 +80,9 @@ pub struct Model {
     pub chunks: BTreeMap<u32, (ChunkRef, BTreeMap<u16, Extent>)>,
     durable: BTreeMap<u32, (ChunkRef, BTreeMap<u16, Extent>)>,
     log: Vec<Change>,
-    dirty: BTreeSet<(u32, u8)>,
+    /// The highest version written in each dirty region.
+    dirty: BTreeMap<(u32, u8), Version>,
+    stable: Version,
     doubt: BTreeSet<(u32, u8)>,
     pub full: bool,
     pub failed: bool,
@@ -96,7 +98,8 @@ impl Model {
             chunks: BTreeMap::new(),
             durable: BTreeMap::new(),
             log: Vec::new(),
-            dirty: BTreeSet::new(),
+            dirty: BTreeMap::new(),
+            stable: Version::ZERO,
             doubt: BTreeSet::new(),
             full: false,
             failed: false,
@@ -114,7 +117,8 @@ impl Model {
     }
 
     fn change(&mut self, c: u32, extent: u16, written: BlockMask, after: Extent) {
-        self.dirty.insert((c, Self::region(extent)));
+        let mark = self.dirty.entry((c, Self::region(extent))).or_default();
+        *mark = after.image.version.max(*mark);
         self.log.push(Change {
             at: (c, extent),
             after: after.clone(),
@@ -147,7 +151,7 @@ impl Model {
             let chunks = self.chunks.values().map(|(there, _)| {
                 let marks = self
                     .dirty
-                    .iter()
+                    .keys()
                     .chain(&self.doubt)
                     .filter(|(c, _)| *c == there.key.chunk);
                 (*there, marks.fold(0u64, |mask, (_, region)| mask | 1 << region))
@@ -163,6 +167,7 @@ impl Model {
         if header.generation != self.sealed {
             return Reply::Refused(Status::StaleGeneration);
         }
+        self.stable = self.stable.max(header.stable);
         let chunk = match request {
             Request::CreateChunk(chunk) | Request::DropChunk(chunk) => *chunk,
             Request::Write { span, .. } | Request::Zero { span, .. } | Request::Read { span, .. } => {
@@ -195,7 +200,7 @@ impl Model {
                     self.log.retain(|change| change.at.0 != c);
                     self.chunks.remove(&c);
                     self.durable.remove(&c);
-                    self.dirty.retain(|at| at.0 != c);
+                    self.dirty.retain(|at, _| at.0 != c);
                     self.doubt.retain(|at| at.0 != c);
                 }
                 return Reply::Done;
@@ -247,6 +252,8 @@ impl Model {
                 for b in 0..16 {
                     if span.mask() >> b & 1 != 0 {
                         extent.image.crcs[b] = 0;
+                        // What is cut is zeroed before it may be valid again.
+                        extent.data[b] = [0; 8];
                     }
                 }
                 self.change(c, span.extent, 0, extent);
@@ -310,6 +317,11 @@ impl Model {
                     }
                 }
                 extent.image = image;
+                for b in 0..16 {
+                    if image.valid >> b & 1 == 0 {
+                        extent.data[b] = [0; 8];
+                    }
+                }
                 self.change(c, at, write, extent);
                 Reply::Done
             }
@@ -330,10 +342,11 @@ impl Model {
         self.log.clear();
     }
 
-    /// The disk forgets, when idle and flushed, that regions changed.
+    /// The disk forgets, when idle and flushed, that regions changed, if all replicas have what changed there.
     pub fn idle(&mut self) {
         if self.log.is_empty() {
-            self.dirty.clear();
+            let stable = self.stable;
+            self.dirty.retain(|_, version| *version > stable);
         }
     }
 
@@ -369,13 +382,14 @@ impl Model {
                         there.data[b] = load(data, (b - usize::from(span.first)) * BLOCK);
                     }
                     self.dirty
-                        .insert((span.chunk.key.chunk, Self::region(span.extent)));
+                        .entry((span.chunk.key.chunk, Self::region(span.extent)))
+                        .or_default();
                 }
             }
         }
         self.boot = BootId(boot);
         self.failed = false;
-        self.doubt.extend(std::mem::take(&mut self.dirty));
+        self.doubt.extend(std::mem::take(&mut self.dirty).into_keys());
     }
 
     /// The power fails: of what was not flushed a prefix of the records and any of the data survives.
@@ -392,7 +406,8 @@ impl Model {
                 there.image = change.after.image;
             }
             for b in 0..16 {
-                if change.written >> b & 1 != 0 && random(4) != 0 {
+                let cut = change.after.image.valid >> b & 1 == 0;
+                if cut || change.written >> b & 1 != 0 && random(4) != 0 {
                     there.data[b] = change.after.data[b];
                 }
             }

@@ -91,8 +91,9 @@ pub struct Profile {
 
 impl Profile {
     pub fn draw(random: &mut Random) -> Self {
-        let mut rate = |n: u64| if random.one_in(2) { n } else { 0 };
-        Profile {
+        let storm = [1, 1, 4][random.below(3) as usize];
+        let mut rate = |n: u64| if random.one_in(2) { n / storm } else { 0 };
+        let profile = Profile {
             disconnect: rate(300),
             restart: rate(400),
             power: rate(500),
@@ -106,6 +107,17 @@ impl Profile {
             copies: [1, 2, 2, 2, 3, 3][random.below(6) as usize],
             width: 1 + random.below(2) as u32,
             steps: 3_000,
+        };
+        if profile.rot == 0 {
+            return profile;
+        }
+        // Rot under a good copy that a crash then tears is beyond what can be told from a crash: the rest may be adopted.
+        Profile {
+            restart: 0,
+            power: 0,
+            site: 0,
+            fail: 0,
+            ..profile
         }
     }
 }
@@ -268,6 +280,7 @@ impl World {
 
     fn effects(&mut self, out: Vec<Effect>) -> Checked {
         let owner = self.owners.len() - 1;
+        let mut abandoned = Vec::new();
         for effect in out {
             self.clock += 1;
             if self.trace {
@@ -308,13 +321,7 @@ impl World {
                         self.checker.power_lost(self.clock);
                     }
                 }
-                Effect::Abandon { disk } => {
-                    let uuid = self.owners[owner].disk(disk);
-                    let node = self.node(uuid).ok_or("unknown disk")?;
-                    self.note("abandon");
-                    self.nodes[node].stuck = false;
-                    self.disconnect(node)?;
-                }
+                Effect::Abandon { disk } => abandoned.push(self.owners[owner].disk(disk)),
                 Effect::Fenced => return Err("fenced, but there is no other owner".into()),
                 Effect::Failed => {
                     self.stats.failed += 1;
@@ -322,6 +329,12 @@ impl World {
                 }
                 Effect::NewGeneration | Effect::Detached => {}
             }
+        }
+        for uuid in abandoned {
+            let node = self.node(uuid).ok_or("unknown disk")?;
+            self.note("abandon");
+            self.nodes[node].stuck = false;
+            self.disconnect(node)?;
         }
         Ok(())
     }
@@ -916,7 +929,9 @@ impl World {
                         .iter()
                         .filter(|(_, extent)| extent.image.valid != 0 || extent.image.lost != 0)
                         .map(|(at, extent)| {
+                            // Where nothing lies beneath, zeros and nothing are the same.
                             let mut image = extent.image;
+                            image.zero = 0;
                             for b in 0..16 {
                                 if image.valid >> b & 1 == 0 {
                                     image.crcs[b] = 0;
