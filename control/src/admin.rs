@@ -54,7 +54,7 @@ pub enum Fault {
     WriteErrors,
     /// Flushes fail.
     FlushErrors,
-    /// Reads return flipped bits.
+    /// The next fifty reads return flipped bits.
     Rot,
     /// Every I/O takes so much longer, milliseconds.
     Delay(u64),

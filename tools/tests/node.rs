@@ -149,7 +149,7 @@ fn disks_of_two_reactors_work_together() {
         return;
     }
     let node = Node::start(&[
-        "--cores", "0,1", "--disk", "mem:128M", "--disk", "mem:128M", "--control", &place.str("control.sock"), "--volume",
+        "--cores", "0,1", "--disk", "mem:256M", "--disk", "mem:256M", "--control", &place.str("control.sock"), "--volume",
         &place.volume("v", "size=64M,mirror=2"), "--volume", &place.volume("w", "size=64M,mirror=2"),
     ]);
     for socket in [place.str("v.sock"), place.str("w.sock")] {

@@ -36,6 +36,8 @@ use disks::{NodeDisk, Opened, Phase};
 const TICK: Duration = Duration::from_millis(500);
 /// How long a clean end waits for I/O that does not end.
 const PATIENCE: Duration = Duration::from_secs(30);
+/// Reads that return flipped bits after `disk fault rot`.
+const ROTTEN_READS: u64 = 50;
 /// Requests in a queue.
 const QUEUE_SIZE: u16 = 256;
 
@@ -737,7 +739,7 @@ impl Node {
             Fault::ReadErrors => Rule::always(Kinds::READS, media),
             Fault::WriteErrors => Rule::always(Kinds::WRITES, media),
             Fault::FlushErrors => Rule::always(Kinds::FLUSHES, media),
-            Fault::Rot => Rule::always(Kinds::READS, faulty::Fault::Rot),
+            Fault::Rot => Rule { times: ROTTEN_READS, ..Rule::always(Kinds::READS, faulty::Fault::Rot) },
             Fault::Delay(ms) => Rule::always(Kinds::ALL, faulty::Fault::Delay(Duration::from_millis(*ms))),
             Fault::Stuck => Rule::always(Kinds::ALL, faulty::Fault::Stuck),
         };

@@ -29,10 +29,10 @@ pub struct FormatOptions {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum FormatError {
     /// It holds our format, sound or damaged.
-    #[error("the disk holds a Unibody superblock: open it, or format it with force to destroy its contents")]
+    #[error("the disk holds a Unibody superblock: open it, or format it with --force to destroy its contents")]
     Formatted,
     /// It holds something else.
-    #[error("the disk is not blank (byte {0}): if its contents may be destroyed, format it with force")]
+    #[error("the disk is not blank (byte {0}): if its contents may be destroyed, format it with --force")]
     Foreign(u64),
     /// It is too small.
     #[error("the disk has {0} bytes and at least {min} are needed, more with a large journal", min = DISK_MIN)]
