@@ -26,13 +26,13 @@ const LINES_MAX: usize = 700;
 const LONG: &[(&str, usize)] = &[
     ("control/src/node/mod.rs", 1000),
     ("control/src/state.rs", 750),
-    ("dataplane/src/mirror/chunks.rs", 750),
+    ("dataplane/src/mirror/chunks.rs", 800),
     ("dataplane/src/mirror/ops.rs", 1050),
     ("dataplane/tests/common/world.rs", 1000),
 ];
 
 /// Paths that a document may name before they are there. To be taken from this list when they are.
-const ANNOUNCED: &[&str] = &["docs/formats/disk.md", "tests/src/sim/"];
+const ANNOUNCED: &[&str] = &["tests/src/sim/"];
 
 /// Top-level directories; a back-quoted word that begins with one of them is a path of the tree.
 const TOP: &[&str] = &[
