@@ -338,6 +338,18 @@ pub enum Refused {
     /// No such disk.
     #[error("there is no disk {0}")]
     NoDisk(DiskUuid),
+    /// The disk's new domain holds other replicas of its chunks.
+    #[error(
+        "disk {disk} can not belong to domain {domain}: volume {volume} has another copy of the same data there; name the domain it had before"
+    )]
+    Domain {
+        /// The disk.
+        disk: DiskUuid,
+        /// The domain asked for.
+        domain: String,
+        /// A volume that has replicas in both.
+        volume: String,
+    },
     /// Still in use.
     #[error("disk {0} holds replicas of {1}: move them first")]
     DiskInUse(DiskUuid, String),
@@ -368,6 +380,7 @@ impl State {
     pub fn apply(&mut self, command: &Command) -> Result<Applied, Refused> {
         match command {
             Command::AddDisk { disk, domain, bytes } => {
+                self.check_domain(*disk, domain)?;
                 let record = DiskRecord {
                     domain: domain.clone(),
                     bytes: *bytes,
@@ -473,6 +486,28 @@ impl State {
         self.volumes
             .get_mut(name)
             .ok_or_else(|| Refused::NoVolume(name.to_owned()))
+    }
+
+    /// A disk may change its domain only where no chunk on it has another replica there.
+    fn check_domain(&self, disk: DiskUuid, domain: &str) -> Result<(), Refused> {
+        if !self.disks.contains_key(&Disk(disk)) {
+            return Ok(());
+        }
+        let clashes = |slots: &Vec<Replica>| {
+            slots.iter().any(|slot| slot.disk.0 == disk)
+                && slots
+                    .iter()
+                    .any(|slot| slot.disk.0 != disk && self.disks[&slot.disk].domain == domain)
+        };
+        let clash = self.volumes.iter().find(|(_, volume)| volume.chunks.iter().any(clashes));
+        match clash {
+            Some((volume, _)) => Err(Refused::Domain {
+                disk,
+                domain: domain.to_owned(),
+                volume: volume.clone(),
+            }),
+            None => Ok(()),
+        }
     }
 
     fn forget_disk(&mut self, disk: DiskUuid) -> Result<Applied, Refused> {
@@ -655,6 +690,10 @@ impl State {
                 }
                 if !disks.iter().all(|disk| self.disks.contains_key(disk)) {
                     return fail("a replica on an unknown disk");
+                }
+                let domains: BTreeSet<_> = disks.iter().map(|disk| &self.disks[disk].domain).collect();
+                if domains.len() != disks.len() {
+                    return fail("two replicas of a chunk in one failure domain");
                 }
                 if !slots.iter().any(|slot| slot.state == ReplicaState::InSync) {
                     return fail("a chunk without an in-sync replica");
