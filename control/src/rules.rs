@@ -137,7 +137,11 @@ fn check_change(before: &State, after: &State, command: &Command, result: &Appli
         }
         for (now, then) in volume.chunks.iter().zip(&old.chunks) {
             let domains: BTreeSet<_> = now.iter().map(|slot| &after.disks[&slot.disk].domain).collect();
-            assert_eq!(domains.len(), now.len(), "{command:?}: two replicas in one domain");
+            assert_eq!(
+                domains.len(),
+                now.len(),
+                "{command:?}: two replicas in one domain"
+            );
             for slot in now {
                 let was = then
                     .iter()

@@ -174,8 +174,15 @@ impl Volume {
     pub fn replicas_on(&self, disk: DiskUuid) -> impl Iterator<Item = ChunkRef> {
         (0u32..).zip(&self.chunks).filter_map(move |(chunk, slots)| {
             let slot = slots.iter().find(|slot| slot.disk == Disk(disk))?;
-            let key = ChunkKey { volume: VolumeId(self.id), layer: LayerId(self.head), chunk };
-            Some(ChunkRef { key, incarnation: slot.incarnation })
+            let key = ChunkKey {
+                volume: VolumeId(self.id),
+                layer: LayerId(self.head),
+                chunk,
+            };
+            Some(ChunkRef {
+                key,
+                incarnation: slot.incarnation,
+            })
         })
     }
 }
@@ -183,9 +190,16 @@ impl Volume {
 impl State {
     /// Whether a replica found on a disk belongs there.
     pub fn has_replica(&self, disk: DiskUuid, found: &ChunkRef) -> bool {
-        let volume = self.volumes.values().find(|volume| volume.id == found.key.volume.0);
+        let volume = self
+            .volumes
+            .values()
+            .find(|volume| volume.id == found.key.volume.0);
         let slots = volume.and_then(|volume| volume.chunks.get(found.key.chunk as usize));
-        slots.is_some_and(|slots| slots.iter().any(|slot| slot.disk == Disk(disk) && slot.incarnation == found.incarnation))
+        slots.is_some_and(|slots| {
+            slots
+                .iter()
+                .any(|slot| slot.disk == Disk(disk) && slot.incarnation == found.incarnation)
+        })
     }
 }
 
@@ -499,7 +513,10 @@ impl State {
                     .iter()
                     .any(|slot| slot.disk.0 != disk && self.disks[&slot.disk].domain == domain)
         };
-        let clash = self.volumes.iter().find(|(_, volume)| volume.chunks.iter().any(clashes));
+        let clash = self
+            .volumes
+            .iter()
+            .find(|(_, volume)| volume.chunks.iter().any(clashes));
         match clash {
             Some((volume, _)) => Err(Refused::Domain {
                 disk,

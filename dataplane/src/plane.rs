@@ -14,9 +14,9 @@ use crate::disk::Disk;
 use crate::frontend::Queue;
 use crate::ids::{BootId, DiskUuid, PowerId, VolumeId};
 use crate::mirror::MirrorStatus;
-use crate::replica::ChunkRef;
 use crate::reactor::mailbox::{Sender, Waker, mailbox};
 use crate::reactor::pin::{Pinned, spawn_pinned};
+use crate::replica::ChunkRef;
 use crate::shard::{Message, Shard};
 use crate::store::{Store, StoreStats};
 
@@ -175,9 +175,14 @@ impl Plane {
     /// When a core does not exist or is not ours, or the kernel refuses a ring.
     pub fn start(cores: &[usize]) -> io::Result<(Self, mpsc::Receiver<Event>)> {
         let (events, receiver) = mpsc::channel();
-        let wakers = cores.iter().map(|_| Waker::new()).collect::<io::Result<Vec<_>>>()?;
-        let (senders, receivers): (Vec<_>, Vec<_>) =
-            wakers.iter().map(|waker| mailbox::<Message>(MAILBOX, waker)).unzip();
+        let wakers = cores
+            .iter()
+            .map(|_| Waker::new())
+            .collect::<io::Result<Vec<_>>>()?;
+        let (senders, receivers): (Vec<_>, Vec<_>) = wakers
+            .iter()
+            .map(|waker| mailbox::<Message>(MAILBOX, waker))
+            .unzip();
         let mut ports = Vec::new();
         for (number, (receiver, &core)) in receivers.into_iter().zip(cores).enumerate() {
             let (peers, waker, events) = (senders.clone(), Arc::clone(&wakers[number]), events.clone());
@@ -194,8 +199,13 @@ impl Plane {
                 }
             })
             .map_err(io::Error::other)?;
-            outcome.recv().unwrap_or_else(|_| Err(io::Error::other("the reactor died while it started")))?;
-            ports.push(Port { mailbox: senders[number].clone(), thread: Some(thread) });
+            outcome
+                .recv()
+                .unwrap_or_else(|_| Err(io::Error::other("the reactor died while it started")))?;
+            ports.push(Port {
+                mailbox: senders[number].clone(),
+                thread: Some(thread),
+            });
         }
         Ok((Plane { ports }, receiver))
     }
@@ -224,8 +234,10 @@ impl Plane {
     /// # Errors
     /// When the reactor can not drive the device.
     pub fn add_disk(&self, up: DiskUp, service: DiskService) -> io::Result<()> {
-        self.ask(self.home(up.index.0), |reply| Command::AddDisk(up, service, reply))
-            .unwrap_or_else(|| Err(io::Error::other("the reactor has ended")))?;
+        self.ask(self.home(up.index.0), |reply| {
+            Command::AddDisk(up, service, reply)
+        })
+        .unwrap_or_else(|| Err(io::Error::other("the reactor has ended")))?;
         for shard in 0..self.ports.len() {
             self.send(shard, Command::DiskUp(up));
         }
@@ -292,7 +304,9 @@ impl Plane {
 
     /// What all reactors know.
     pub fn status(&self) -> Vec<ShardStatus> {
-        (0..self.ports.len()).filter_map(|shard| self.ask(shard, Command::Status)).collect()
+        (0..self.ports.len())
+            .filter_map(|shard| self.ask(shard, Command::Status))
+            .collect()
     }
 }
 

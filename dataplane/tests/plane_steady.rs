@@ -76,7 +76,10 @@ fn allocations_of(name: &str) -> u64 {
         let comm = std::fs::read_to_string(entry.path().join("comm")).unwrap_or_default();
         if comm.trim() == name {
             let tid: u64 = entry.file_name().to_str().unwrap().parse().unwrap();
-            let slot = TIDS.iter().position(|slot| slot.load(Ordering::Relaxed) == tid).expect("it has allocated");
+            let slot = TIDS
+                .iter()
+                .position(|slot| slot.load(Ordering::Relaxed) == tid)
+                .expect("it has allocated");
             return COUNTS[slot].load(Ordering::Relaxed);
         }
     }
@@ -87,11 +90,26 @@ struct Sessions(Arc<Plane>);
 
 impl frontend::Plane for Sessions {
     fn start_queue(&self, device: DeviceId, index: u16, queue: Queue) {
-        self.0.start_queue(QueueKey { device: device.0, index }, VolumeIndex(0), Box::new(queue));
+        self.0.start_queue(
+            QueueKey {
+                device: device.0,
+                index,
+            },
+            VolumeIndex(0),
+            Box::new(queue),
+        );
     }
 
     fn stop_queue(&self, device: DeviceId, index: u16) -> Option<Queue> {
-        self.0.stop_queue(QueueKey { device: device.0, index }, VolumeIndex(0)).map(|queue| *queue)
+        self.0
+            .stop_queue(
+                QueueKey {
+                    device: device.0,
+                    index,
+                },
+                VolumeIndex(0),
+            )
+            .map(|queue| *queue)
     }
 
     fn report(&self, _: DeviceId, message: &str) {
@@ -104,11 +122,31 @@ const SIZE: u64 = 64 << 20;
 fn disk(number: u16) -> (DiskUp, DiskService) {
     let mut device = MemoryDisk::new(256 << 20).unwrap();
     let uuid = DiskUuid(u128::from(number) + 1);
-    let options = FormatOptions { uuid, journal_bytes: None, force: false, already_zero: true };
+    let options = FormatOptions {
+        uuid,
+        journal_bytes: None,
+        force: false,
+        already_zero: true,
+    };
     Store::format(&mut device, &options).unwrap();
     let (boot, power) = (BootId(7), PowerId(8));
-    let (store, _) = Store::open(&mut device, &OpenOptions { boot, power, cache_bytes: 16 << 20 }).unwrap();
-    let up = DiskUp { index: DiskIndex(number), uuid, boot, power, inline: true, null: false };
+    let (store, _) = Store::open(
+        &mut device,
+        &OpenOptions {
+            boot,
+            power,
+            cache_bytes: 16 << 20,
+        },
+    )
+    .unwrap();
+    let up = DiskUp {
+        index: DiskIndex(number),
+        uuid,
+        boot,
+        power,
+        inline: true,
+        null: false,
+    };
     (up, DiskService::Store(Box::new(store), Box::new(device)))
 }
 
@@ -137,12 +175,25 @@ fn decide(plane: Arc<Plane>, events: std::sync::mpsc::Receiver<Event>, mut confi
     for event in events {
         if let Event::Proposal(index, _, proposal) = event {
             config.config += 1;
-            if let Change::MarkInSync { disk, chunks, boot, power } = proposal.change {
-                for slot in chunks.iter().flat_map(|&c| config.chunks[c as usize].clone()).filter(|s| s.disk == disk) {
+            if let Change::MarkInSync {
+                disk,
+                chunks,
+                boot,
+                power,
+            } = proposal.change
+            {
+                for slot in chunks
+                    .iter()
+                    .flat_map(|&c| config.chunks[c as usize].clone())
+                    .filter(|s| s.disk == disk)
+                {
                     let _ = slot;
                 }
                 for &chunk in &chunks {
-                    for slot in config.chunks[chunk as usize].iter_mut().filter(|slot| slot.disk == disk) {
+                    for slot in config.chunks[chunk as usize]
+                        .iter_mut()
+                        .filter(|slot| slot.disk == disk)
+                    {
                         (slot.boot, slot.power) = (boot, power);
                     }
                 }
@@ -168,7 +219,11 @@ impl Client {
         let mut started = blkio.start().unwrap();
         let memory = blkio.alloc_mem_region(2 << 20).unwrap();
         blkio.map_mem_region(&memory).unwrap();
-        Client { queue: started.poll_queues.remove(0), memory, _blkio: blkio }
+        Client {
+            queue: started.poll_queues.remove(0),
+            memory,
+            _blkio: blkio,
+        }
     }
 
     /// `count` requests of `len` bytes, 32 at a time, spread over the volume.
@@ -229,9 +284,9 @@ fn in_steady_state_nothing_is_allocated_and_each_write_is_copied_once() {
     let mut client = Client::connect(&path);
     // Everything is touched once: extents taken, tables grown, chunks marked dirty.
     client.load(true, (SIZE / 65536) as usize, 65536);
-    for _ in 0..2 {
-        client.load(true, 20_000, 4096);
-        client.load(false, 20_000, 4096);
+    for len in [4096, 65536] {
+        client.load(true, 40_000, len);
+        client.load(false, 20_000, len);
     }
     for (write, len) in [(true, 4096), (false, 4096), (true, 65536), (false, 65536)] {
         let stats = || plane.status().remove(0).reactor;
@@ -241,12 +296,25 @@ fn in_steady_state_nothing_is_allocated_and_each_write_is_copied_once() {
         let before = allocations_of("reactor0");
         client.load(write, 20_000, len);
         let allocated = allocations_of("reactor0") - before;
-        assert_eq!(allocated, 0, "{allocated} allocations in 20,000 requests (write: {write}, {len} bytes)");
+        assert_eq!(
+            allocated, 0,
+            "{allocated} allocations in 20,000 requests (write: {write}, {len} bytes)"
+        );
         let after = stats();
-        let (copied, requests) = (after.copied_in - before_stats.copied_in, after.requests - before_stats.requests);
+        let (copied, requests) = (
+            after.copied_in - before_stats.copied_in,
+            after.requests - before_stats.requests,
+        );
         assert_eq!(requests, 21_000);
-        assert_eq!(copied, if write { 21_000 * len as u64 } else { 0 }, "each byte written is copied once, none read");
-        assert_eq!(after.copied_out, before_stats.copied_out, "reads land in the guest's memory");
+        assert_eq!(
+            copied,
+            if write { 21_000 * len as u64 } else { 0 },
+            "each byte written is copied once, none read"
+        );
+        assert_eq!(
+            after.copied_out, before_stats.copied_out,
+            "reads land in the guest's memory"
+        );
     }
     drop(client);
     drop(export);

@@ -52,18 +52,31 @@ impl NodeProcess {
     fn start(dir: &Path, core: usize) -> Result<Self> {
         let program = std::env::current_exe().context("this program can not find itself")?;
         let mut command = Command::new(program);
-        command.arg("serve").args(["--cores", &core.to_string()]).arg("--state").arg(dir.join("state"));
+        command
+            .arg("serve")
+            .args(["--cores", &core.to_string()])
+            .arg("--state")
+            .arg(dir.join("state"));
         for disk in 0..DISKS {
             command.arg("--disk").arg(disk_path(dir, disk));
         }
         let volume = format!("demo,size=1G,mirror=2,socket={}", dir.join("demo.sock").display());
-        command.args(["--volume", &volume]).stdout(Stdio::piped()).stderr(Stdio::null());
+        command
+            .args(["--volume", &volume])
+            .stdout(Stdio::piped())
+            .stderr(Stdio::null());
         let mut child = command.spawn().context("the node can not be started")?;
         let output = child.stdout.take().context("the node has no output")?;
         let mut line = String::new();
         std::io::BufRead::read_line(&mut std::io::BufReader::new(output), &mut line)?;
-        let node = NodeProcess { child, dir: dir.to_path_buf() };
-        ensure!(line.trim() == "ready", "the node did not start; run `unibody serve` by hand to see why");
+        let node = NodeProcess {
+            child,
+            dir: dir.to_path_buf(),
+        };
+        ensure!(
+            line.trim() == "ready",
+            "the node did not start; run `unibody serve` by hand to see why"
+        );
         Ok(node)
     }
 
@@ -84,7 +97,10 @@ impl NodeProcess {
             if volume.state == "healthy" && volume.regions_to_heal == 0 && volume.in_sync == volume.replicas {
                 return Ok(start.elapsed());
             }
-            ensure!(start.elapsed() < PATIENCE, "redundancy did not come back: {volume:?}");
+            ensure!(
+                start.elapsed() < PATIENCE,
+                "redundancy did not come back: {volume:?}"
+            );
             std::thread::sleep(Duration::from_millis(50));
         }
     }
@@ -122,7 +138,10 @@ impl Load {
         let (stop, requests) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicU64::new(0)));
         let (ask, count) = (Arc::clone(&stop), Arc::clone(&requests));
         let thread = std::thread::spawn(move || {
-            let mut written = Written { blocks: vec![0; (SPAN / stamp::BLOCK as u64) as usize], longest: Duration::ZERO };
+            let mut written = Written {
+                blocks: vec![0; (SPAN / stamp::BLOCK as u64) as usize],
+                longest: Duration::ZERO,
+            };
             let mut busy = vec![false; written.blocks.len()];
             let mut flights = vec![(0usize, 0u64, Instant::now()); DEPTH];
             let mut idle: Vec<usize> = (0..DEPTH).collect();
@@ -134,7 +153,9 @@ impl Load {
                     return Ok(written);
                 }
                 while let (false, Some(&tag)) = (stopping, idle.last()) {
-                    random = random.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
+                    random = random
+                        .wrapping_mul(6364136223846793005)
+                        .wrapping_add(1442695040888963407);
                     let block = (random >> 33) as usize % busy.len();
                     if busy[block] {
                         continue;
@@ -145,7 +166,12 @@ impl Load {
                     let write = random >> 63 == 0 || written.blocks[block] == 0;
                     if write {
                         sequence += 1;
-                        stamp::fill(client.memory(tag * stamp::BLOCK, stamp::BLOCK), at, sequence, SEED);
+                        stamp::fill(
+                            client.memory(tag * stamp::BLOCK, stamp::BLOCK),
+                            at,
+                            sequence,
+                            SEED,
+                        );
                         client.write(at, tag * stamp::BLOCK, stamp::BLOCK, tag);
                     } else {
                         client.read(at, tag * stamp::BLOCK, stamp::BLOCK, tag);
@@ -171,7 +197,11 @@ impl Load {
                 }
             }
         });
-        Ok(Load { stop, requests, thread })
+        Ok(Load {
+            stop,
+            requests,
+            thread,
+        })
     }
 
     fn so_far(&self) -> u64 {
@@ -188,12 +218,20 @@ impl Load {
 fn verify(socket: &Path, written: &Written) -> Result<usize> {
     let mut client = Client::connect(socket, 1, stamp::BLOCK)?;
     let mut checked = 0;
-    for (block, &sequence) in written.blocks.iter().enumerate().filter(|(_, sequence)| **sequence > 0) {
+    for (block, &sequence) in written
+        .blocks
+        .iter()
+        .enumerate()
+        .filter(|(_, sequence)| **sequence > 0)
+    {
         let at = (block * stamp::BLOCK) as u64;
         client.read(at, 0, stamp::BLOCK, 0);
         client.finish(1)?;
         let found = stamp::check(client.memory(0, stamp::BLOCK), at, SEED);
-        ensure!(found == Some(sequence), "the block at byte {at} is not what was written last: {found:?}, not {sequence}");
+        ensure!(
+            found == Some(sequence),
+            "the block at byte {at} is not what was written last: {found:?}, not {sequence}"
+        );
         checked += 1;
     }
     Ok(checked)
@@ -226,18 +264,30 @@ fn play(dir: &Path, core: usize) -> Result<()> {
 
     let load = Load::start(&socket)?;
     std::thread::sleep(Duration::from_secs(2));
-    say(format!("a client writes and checks at random: {} requests so far", load.so_far()));
+    say(format!(
+        "a client writes and checks at random: {} requests so far",
+        load.so_far()
+    ));
 
     let name = disk_path(dir, 1).display().to_string();
     node.ask(&Request::DiskFail { disk: name.clone() })?;
     std::thread::sleep(Duration::from_secs(1));
     let state = node.status()?.volumes[0].state.clone();
-    ensure!(state == "degraded", "a disk was taken away, and the volume is {state}");
-    say(format!("disk 1 was taken away under load; the volume is {state} and goes on: {} requests", load.so_far()));
+    ensure!(
+        state == "degraded",
+        "a disk was taken away, and the volume is {state}"
+    );
+    say(format!(
+        "disk 1 was taken away under load; the volume is {state} and goes on: {} requests",
+        load.so_far()
+    ));
 
     return_disk(&node, &name)?;
     let took = node.heal()?;
-    say(format!("disk 1 is back and got what it missed in {:.2} s, under load", took.as_secs_f64()));
+    say(format!(
+        "disk 1 is back and got what it missed in {:.2} s, under load",
+        took.as_secs_f64()
+    ));
 
     let name = disk_path(dir, 2).display().to_string();
     node.ask(&Request::DiskFail { disk: name.clone() })?;
@@ -245,7 +295,10 @@ fn play(dir: &Path, core: usize) -> Result<()> {
     unibody_control::node::format_disk(&spare, Some(DISK_BYTES), None, true)?;
     replace(&node, &name, &spare)?;
     let took = node.heal()?;
-    say(format!("disk 2 died for good; an empty one took its place and got everything in {:.2} s", took.as_secs_f64()));
+    say(format!(
+        "disk 2 died for good; an empty one took its place and got everything in {:.2} s",
+        took.as_secs_f64()
+    ));
     std::fs::rename(&spare, disk_path(dir, 2))?;
 
     let written = load.finish()?;
@@ -265,7 +318,11 @@ fn play(dir: &Path, core: usize) -> Result<()> {
     for disk in 0..DISKS {
         let report = unibody_control::node::check_disk(&disk_path(dir, disk), &mut |_, _| {})?;
         if report.findings_total > 0 {
-            bail!("disk {disk}: {} findings, the first: {}", report.findings_total, report.findings[0]);
+            bail!(
+                "disk {disk}: {} findings, the first: {}",
+                report.findings_total,
+                report.findings[0]
+            );
         }
     }
     say("the node ended cleanly; all disks pass an offline check".into());
@@ -274,12 +331,23 @@ fn play(dir: &Path, core: usize) -> Result<()> {
 
 /// A disk that was taken away is let go only when its last I/O has ended.
 fn return_disk(node: &NodeProcess, name: &str) -> Result<()> {
-    again(|| node.ask(&Request::DiskReturn { disk: name.to_owned() }).map(drop))
+    again(|| {
+        node.ask(&Request::DiskReturn {
+            disk: name.to_owned(),
+        })
+        .map(drop)
+    })
 }
 
 fn replace(node: &NodeProcess, name: &str, spare: &Path) -> Result<()> {
     let spec = spare.display().to_string();
-    again(|| node.ask(&Request::DiskReplace { disk: name.to_owned(), spec: spec.clone() }).map(drop))
+    again(|| {
+        node.ask(&Request::DiskReplace {
+            disk: name.to_owned(),
+            spec: spec.clone(),
+        })
+        .map(drop)
+    })
 }
 
 fn again(mut call: impl FnMut() -> Result<()>) -> Result<()> {

@@ -96,14 +96,24 @@ fn parse_fault(text: &str) -> Result<Fault, String> {
         "stuck" => Fault::Stuck,
         _ => match text.strip_prefix("delay=").map(str::parse) {
             Some(Ok(ms)) => Fault::Delay(ms),
-            _ => return Err("use none, read-errors, write-errors, flush-errors, rot, stuck or delay=MILLISECONDS".into()),
+            _ => {
+                return Err(
+                    "use none, read-errors, write-errors, flush-errors, rot, stuck or delay=MILLISECONDS"
+                        .into(),
+                );
+            }
         },
     })
 }
 
 pub(crate) fn run(command: DiskCommand) -> Result<ExitCode> {
     match command {
-        DiskCommand::Format { path, size, journal, force } => {
+        DiskCommand::Format {
+            path,
+            size,
+            journal,
+            force,
+        } => {
             let uuid = unibody_control::node::format_disk(&path, size, journal, force)
                 .with_context(|| format!("{} was not formatted", path.display()))?;
             println!("{}: formatted, disk {uuid}", path.display());
@@ -116,7 +126,9 @@ pub(crate) fn run(command: DiskCommand) -> Result<ExitCode> {
         DiskCommand::Replace { disk, spec, node } => {
             drop(call(&node.control, &Request::DiskReplace { disk, spec })?);
         }
-        DiskCommand::Fault { disk, fault, node } => drop(call(&node.control, &Request::DiskFault { disk, fault })?),
+        DiskCommand::Fault { disk, fault, node } => {
+            drop(call(&node.control, &Request::DiskFault { disk, fault })?)
+        }
     }
     Ok(ExitCode::SUCCESS)
 }
@@ -172,7 +184,11 @@ fn check(path: &std::path::Path, json: bool) -> Result<ExitCode> {
         report.chunks,
         report.extents,
         report.blocks,
-        if report.closed { "" } else { "; it was not closed: opening it will recover it" },
+        if report.closed {
+            ""
+        } else {
+            "; it was not closed: opening it will recover it"
+        },
     );
     Ok(ExitCode::from(status))
 }

@@ -51,7 +51,12 @@ struct StatusArgs {
 #[derive(Args, Clone)]
 pub(crate) struct NodeArgs {
     /// The node's control socket.
-    #[arg(long, value_name = "SOCKET", env = "UNIBODY_CONTROL", default_value = "./state/control.sock")]
+    #[arg(
+        long,
+        value_name = "SOCKET",
+        env = "UNIBODY_CONTROL",
+        default_value = "./state/control.sock"
+    )]
     control: PathBuf,
 }
 

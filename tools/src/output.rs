@@ -19,17 +19,28 @@ pub(crate) fn size(bytes: u64) -> String {
         value /= 1024.0;
         unit += 1;
     }
-    if unit == 0 || value.fract() < 0.05 { format!("{value:.0} {}", UNITS[unit]) } else { format!("{value:.1} {}", UNITS[unit]) }
+    if unit == 0 || value.fract() < 0.05 {
+        format!("{value:.0} {}", UNITS[unit])
+    } else {
+        format!("{value:.1} {}", UNITS[unit])
+    }
 }
 
 /// Prints rows under headings, columns aligned.
 fn table(headings: &[&str], rows: &[Vec<String>]) {
     let width = |column: usize| {
-        rows.iter().map(|row| row[column].chars().count()).chain([headings[column].len()]).max().unwrap_or(0)
+        rows.iter()
+            .map(|row| row[column].chars().count())
+            .chain([headings[column].len()])
+            .max()
+            .unwrap_or(0)
     };
     let widths: Vec<usize> = (0..headings.len()).map(width).collect();
     let line = |cells: &mut dyn Iterator<Item = &str>| {
-        let text: Vec<String> = cells.zip(&widths).map(|(cell, &width)| format!("{cell:width$}")).collect();
+        let text: Vec<String> = cells
+            .zip(&widths)
+            .map(|(cell, &width)| format!("{cell:width$}"))
+            .collect();
         println!("{}", text.join("  ").trim_end());
     };
     line(&mut headings.iter().copied());
@@ -64,13 +75,23 @@ pub(crate) fn status(node: &NodeArgs, as_json: bool) -> Result<()> {
 /// `unibody volume list`.
 pub(crate) fn volumes(node: &NodeArgs, as_json: bool) -> Result<()> {
     let status = fetch(node)?;
-    if as_json { json(&status.volumes) } else { print_volumes(&status.volumes); Ok(()) }
+    if as_json {
+        json(&status.volumes)
+    } else {
+        print_volumes(&status.volumes);
+        Ok(())
+    }
 }
 
 /// `unibody disk list`.
 pub(crate) fn disks(node: &NodeArgs, as_json: bool) -> Result<()> {
     let status = fetch(node)?;
-    if as_json { json(&status.disks) } else { print_disks(&status.disks); Ok(()) }
+    if as_json {
+        json(&status.disks)
+    } else {
+        print_disks(&status.disks);
+        Ok(())
+    }
 }
 
 fn print_volumes(volumes: &[VolumeStatus]) {
@@ -84,10 +105,24 @@ fn print_volumes(volumes: &[VolumeStatus]) {
             };
             let socket = v.socket.as_ref().map_or("-".into(), |p| p.display().to_string());
             let layout = format!("{} x {}", v.stripe_width, size(v.stripe_unit));
-            vec![v.name.clone(), size(v.size), v.mirror.to_string(), layout, v.state.clone(), format!("{}/{}", v.in_sync, v.replicas), healing, socket]
+            vec![
+                v.name.clone(),
+                size(v.size),
+                v.mirror.to_string(),
+                layout,
+                v.state.clone(),
+                format!("{}/{}", v.in_sync, v.replicas),
+                healing,
+                socket,
+            ]
         })
         .collect();
-    table(&["VOLUME", "SIZE", "COPIES", "STRIPE", "STATE", "IN SYNC", "HEALING", "SOCKET"], &rows);
+    table(
+        &[
+            "VOLUME", "SIZE", "COPIES", "STRIPE", "STATE", "IN SYNC", "HEALING", "SOCKET",
+        ],
+        &rows,
+    );
 }
 
 fn print_disks(disks: &[DiskStatus]) {
@@ -99,7 +134,14 @@ fn print_disks(disks: &[DiskStatus]) {
                 None if d.suspect => format!("{} (suspect)", d.state),
                 None => d.state.clone(),
             };
-            vec![d.name.clone(), d.domain.clone(), d.kind.clone(), size(d.capacity), size(d.free), state]
+            vec![
+                d.name.clone(),
+                d.domain.clone(),
+                d.kind.clone(),
+                size(d.capacity),
+                size(d.free),
+                state,
+            ]
         })
         .collect();
     table(&["DISK", "DOMAIN", "KIND", "CAPACITY", "FREE", "STATE"], &rows);

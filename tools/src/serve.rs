@@ -78,7 +78,9 @@ fn options(args: ServeArgs) -> Result<NodeOptions> {
     };
     let texts: Vec<String> = file.disks.into_iter().chain(args.disks).collect();
     if texts.is_empty() {
-        bail!("a node needs disks: add --disk ./d0.img (after `unibody disk format ./d0.img --size 8G`) or --disk mem:2G");
+        bail!(
+            "a node needs disks: add --disk ./d0.img (after `unibody disk format ./d0.img --size 8G`) or --disk mem:2G"
+        );
     }
     let disks = texts
         .iter()
@@ -94,7 +96,11 @@ fn options(args: ServeArgs) -> Result<NodeOptions> {
     if state.is_none() && disks.iter().any(|disk| matches!(disk.backend, Backend::Path(_))) {
         bail!("disks that keep data need a place for the node's state: add --state ./state");
     }
-    let cores = if args.cores.is_empty() { file.cores } else { args.cores };
+    let cores = if args.cores.is_empty() {
+        file.cores
+    } else {
+        args.cores
+    };
     let cache = match (args.cache, file.cache) {
         (Some(bytes), _) => bytes,
         (None, Some(text)) => parse_size(&text).map_err(anyhow::Error::msg).context("cache")?,
@@ -104,7 +110,10 @@ fn options(args: ServeArgs) -> Result<NodeOptions> {
         cores: if cores.is_empty() { vec![0] } else { cores },
         disks,
         volumes,
-        control: args.control.or(file.control).or_else(|| state.as_ref().map(|dir| dir.join("control.sock"))),
+        control: args
+            .control
+            .or(file.control)
+            .or_else(|| state.as_ref().map(|dir| dir.join("control.sock"))),
         state,
         cache_bytes: cache as usize,
         faults: args.faults,
@@ -112,7 +121,8 @@ fn options(args: ServeArgs) -> Result<NodeOptions> {
 }
 
 fn read_file(path: &Path) -> Result<ServeFile> {
-    let text = std::fs::read_to_string(path).with_context(|| format!("{} can not be read", path.display()))?;
+    let text =
+        std::fs::read_to_string(path).with_context(|| format!("{} can not be read", path.display()))?;
     toml::from_str(&text).with_context(|| format!("{} is not a serve file", path.display()))
 }
 
@@ -131,8 +141,16 @@ fn parse_volume(text: &str) -> Result<VolumeSpec> {
     };
     for part in parts {
         let (key, value) = part.split_once('=').unwrap_or((part, ""));
-        let number = || value.parse::<u32>().with_context(|| format!("{key}={value}: a number is needed"));
-        let bytes = || parse_size(value).map_err(anyhow::Error::msg).with_context(|| format!("{key}={value}"));
+        let number = || {
+            value
+                .parse::<u32>()
+                .with_context(|| format!("{key}={value}: a number is needed"))
+        };
+        let bytes = || {
+            parse_size(value)
+                .map_err(anyhow::Error::msg)
+                .with_context(|| format!("{key}={value}"))
+        };
         match key {
             "size" => spec.size = Some(bytes()?),
             "mirror" => spec.mirror = Some(number()?),
@@ -154,7 +172,10 @@ mod tests {
     #[test]
     fn a_volume_is_read_from_one_flag() {
         let spec = parse_volume("bench,size=1G,mirror=2,socket=/run/x.sock,readonly").unwrap();
-        assert_eq!((spec.name.as_str(), spec.size, spec.mirror), ("bench", Some(1 << 30), Some(2)));
+        assert_eq!(
+            (spec.name.as_str(), spec.size, spec.mirror),
+            ("bench", Some(1 << 30), Some(2))
+        );
         assert_eq!(spec.socket.as_deref(), Some(Path::new("/run/x.sock")));
         assert!(spec.read_only);
     }

@@ -14,7 +14,8 @@ use unibody_dataplane::ids::{BootId, DiskUuid, PowerId};
 use unibody_dataplane::plane::{DiskIndex, DiskService, DiskUp};
 use unibody_dataplane::replica::ChunkRef;
 use unibody_dataplane::store::{
-    CheckReport, FormatError, FormatOptions, OpenError as StoreError, OpenOptions as StoreOptions, OpenReport, Store, check,
+    CheckReport, FormatError, FormatOptions, OpenError as StoreError, OpenOptions as StoreOptions,
+    OpenReport, Store, check,
 };
 
 /// First pause before a disk that failed by itself is tried again; each later one is twice as long.
@@ -62,7 +63,9 @@ pub enum DiskError {
 /// A number that nobody else has.
 pub(crate) fn random() -> u128 {
     let mut bytes = [0; 16];
-    File::open("/dev/urandom").and_then(|mut file| file.read_exact(&mut bytes)).expect("the system has /dev/urandom");
+    File::open("/dev/urandom")
+        .and_then(|mut file| file.read_exact(&mut bytes))
+        .expect("the system has /dev/urandom");
     u128::from_le_bytes(bytes)
 }
 
@@ -78,11 +81,25 @@ fn host_power() -> PowerId {
 ///
 /// # Errors
 /// When it is in use, holds something and `force` is not given, or can not be written.
-pub fn format_disk(path: &Path, size: Option<u64>, journal: Option<u64>, force: bool) -> Result<DiskUuid, DiskError> {
+pub fn format_disk(
+    path: &Path,
+    size: Option<u64>,
+    journal: Option<u64>,
+    force: bool,
+) -> Result<DiskUuid, DiskError> {
     let name = path.display().to_string();
     if let Some(size) = size {
-        let system = |source| DiskError::System { doing: "making", name: name.clone(), source };
-        let file = OpenOptions::new().create(true).truncate(false).write(true).open(path).map_err(system)?;
+        let system = |source| DiskError::System {
+            doing: "making",
+            name: name.clone(),
+            source,
+        };
+        let file = OpenOptions::new()
+            .create(true)
+            .truncate(false)
+            .write(true)
+            .open(path)
+            .map_err(system)?;
         let meta = file.metadata().map_err(system)?;
         if meta.file_type().is_file() && meta.len() < size {
             file.set_len(size).map_err(system)?;
@@ -90,7 +107,12 @@ pub fn format_disk(path: &Path, size: Option<u64>, journal: Option<u64>, force: 
     }
     let mut disk = OpenDisk::open(&Backend::Path(path.to_path_buf()))?;
     let uuid = DiskUuid(random());
-    let options = FormatOptions { uuid, journal_bytes: journal, force, already_zero: false };
+    let options = FormatOptions {
+        uuid,
+        journal_bytes: journal,
+        force,
+        already_zero: false,
+    };
     let blocks = disk.blocks().ok_or_else(|| DiskError::NotAFile(name.clone()))?;
     Store::format(blocks, &options).map_err(|source| DiskError::Format { name, source })?;
     Ok(uuid)
@@ -102,7 +124,9 @@ pub fn format_disk(path: &Path, size: Option<u64>, journal: Option<u64>, force: 
 /// When it can not be opened.
 pub fn check_disk(path: &Path, progress: &mut dyn FnMut(u64, u64)) -> Result<CheckReport, DiskError> {
     let mut disk = OpenDisk::open(&Backend::Path(path.to_path_buf()))?;
-    let blocks = disk.blocks().ok_or_else(|| DiskError::NotAFile(path.display().to_string()))?;
+    let blocks = disk
+        .blocks()
+        .ok_or_else(|| DiskError::NotAFile(path.display().to_string()))?;
     Ok(check(blocks, progress))
 }
 
@@ -135,7 +159,12 @@ impl Opened {
 }
 
 /// Opens a disk: takes its lock, recovers its store. May take seconds; call it where nobody waits.
-pub(crate) fn open(name: &str, spec: &DiskSpec, cache_bytes: usize, faults: bool) -> Result<Opened, DiskError> {
+pub(crate) fn open(
+    name: &str,
+    spec: &DiskSpec,
+    cache_bytes: usize,
+    faults: bool,
+) -> Result<Opened, DiskError> {
     let mut disk = OpenDisk::open(&spec.backend)?;
     let info = disk.info().clone();
     let boot = BootId(random());
@@ -143,28 +172,62 @@ pub(crate) fn open(name: &str, spec: &DiskSpec, cache_bytes: usize, faults: bool
         let (uuid, power) = (DiskUuid(random()), PowerId(random()));
         let (bytes, kind) = (info.bytes, info.kind);
         let service = DiskService::Null;
-        return Ok(Opened { uuid, boot, power, bytes, kind, inline: true, service, faults: None, notices: Vec::new(), chunks: Vec::new() });
+        return Ok(Opened {
+            uuid,
+            boot,
+            power,
+            bytes,
+            kind,
+            inline: true,
+            service,
+            faults: None,
+            notices: Vec::new(),
+            chunks: Vec::new(),
+        });
     }
     let memory = info.kind == DiskKind::Memory;
     let power = if memory { PowerId(random()) } else { host_power() };
-    let blocks = disk.blocks().ok_or_else(|| DiskError::NotAFile(name.to_owned()))?;
+    let blocks = disk
+        .blocks()
+        .ok_or_else(|| DiskError::NotAFile(name.to_owned()))?;
     if memory {
-        let options = FormatOptions { uuid: DiskUuid(random()), journal_bytes: None, force: true, already_zero: true };
-        Store::format(blocks, &options).map_err(|source| DiskError::Format { name: name.to_owned(), source })?;
+        let options = FormatOptions {
+            uuid: DiskUuid(random()),
+            journal_bytes: None,
+            force: true,
+            already_zero: true,
+        };
+        Store::format(blocks, &options).map_err(|source| DiskError::Format {
+            name: name.to_owned(),
+            source,
+        })?;
     }
-    let options = StoreOptions { boot, power, cache_bytes };
+    let options = StoreOptions {
+        boot,
+        power,
+        cache_bytes,
+    };
     let (store, report): (Store, OpenReport) =
-        Store::open(blocks, &options).map_err(|source| DiskError::Store { name: name.to_owned(), source })?;
-    let device = disk
-        .into_disk(true)
-        .map_err(|source| DiskError::System { doing: "taking memory for", name: name.to_owned(), source })?;
+        Store::open(blocks, &options).map_err(|source| DiskError::Store {
+            name: name.to_owned(),
+            source,
+        })?;
+    let device = disk.into_disk(true).map_err(|source| DiskError::System {
+        doing: "taking memory for",
+        name: name.to_owned(),
+        source,
+    })?;
     let (device, handle): (Box<dyn Disk>, _) = if faults {
         let (device, handle) = FaultyDisk::new(device);
         (Box::new(device), Some(handle))
     } else {
         (device, None)
     };
-    let notices = report.damage.iter().map(|damage| format!("{name}: {damage}")).collect();
+    let notices = report
+        .damage
+        .iter()
+        .map(|damage| format!("{name}: {damage}"))
+        .collect();
     Ok(Opened {
         chunks: store.chunks().collect(),
         uuid: store.uuid(),

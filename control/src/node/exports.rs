@@ -19,11 +19,26 @@ fn volume(device: DeviceId) -> VolumeIndex {
 
 impl frontend::Plane for Sessions {
     fn start_queue(&self, device: DeviceId, index: u16, queue: Queue) {
-        self.0.start_queue(QueueKey { device: device.0, index }, volume(device), Box::new(queue));
+        self.0.start_queue(
+            QueueKey {
+                device: device.0,
+                index,
+            },
+            volume(device),
+            Box::new(queue),
+        );
     }
 
     fn stop_queue(&self, device: DeviceId, index: u16) -> Option<Queue> {
-        self.0.stop_queue(QueueKey { device: device.0, index }, volume(device)).map(|queue| *queue)
+        self.0
+            .stop_queue(
+                QueueKey {
+                    device: device.0,
+                    index,
+                },
+                volume(device),
+            )
+            .map(|queue| *queue)
     }
 
     fn report(&self, device: DeviceId, message: &str) {

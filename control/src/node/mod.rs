@@ -27,7 +27,7 @@ use unibody_dataplane::plane::{DISKS_MAX, DiskIndex, DiskUp, Event, Plane, VOLUM
 use crate::admin::{Fault, Request, Response, VolumeSpec};
 use crate::local::{ExecuteError, LocalState, OpenError};
 use crate::planner::{self, PlanError};
-use crate::state::{Applied, Command, Disk, ReplicaState, Refused};
+use crate::state::{Applied, Command, Disk, Refused, ReplicaState};
 
 pub use disks::{DiskError, check_disk, format_disk};
 use disks::{NodeDisk, Opened, Phase};
@@ -115,7 +115,11 @@ impl From<Refused> for NodeError {
 pub(crate) enum Input {
     Plane(Event),
     Request(Request, mpsc::Sender<Response>),
-    Opened(DiskIndex, Box<Result<Opened, DiskError>>, Option<mpsc::Sender<Response>>),
+    Opened(
+        DiskIndex,
+        Box<Result<Opened, DiskError>>,
+        Option<mpsc::Sender<Response>>,
+    ),
     Stop,
 }
 
@@ -153,15 +157,18 @@ pub struct Node {
 /// # Errors
 /// When the system refuses.
 pub fn stop_on_signals() -> std::io::Result<mpsc::Receiver<()>> {
-    let mut signals = signal_hook::iterator::Signals::new([signal_hook::consts::SIGTERM, signal_hook::consts::SIGINT])?;
+    let mut signals =
+        signal_hook::iterator::Signals::new([signal_hook::consts::SIGTERM, signal_hook::consts::SIGINT])?;
     let (sender, receiver) = mpsc::channel();
-    std::thread::Builder::new().name("signals".into()).spawn(move || {
-        for _ in signals.forever() {
-            if sender.send(()).is_err() {
-                return;
+    std::thread::Builder::new()
+        .name("signals".into())
+        .spawn(move || {
+            for _ in signals.forever() {
+                if sender.send(()).is_err() {
+                    return;
+                }
             }
-        }
-    })?;
+        })?;
     Ok(receiver)
 }
 
@@ -181,7 +188,11 @@ impl Node {
         let forward = sender.clone();
         std::thread::Builder::new()
             .name("events".into())
-            .spawn(move || events.into_iter().all(|event| forward.send(Input::Plane(event)).is_ok()))
+            .spawn(move || {
+                events
+                    .into_iter()
+                    .all(|event| forward.send(Input::Plane(event)).is_ok())
+            })
             .map_err(NodeError::Thread)?;
         let mut node = Node {
             control,
@@ -203,8 +214,10 @@ impl Node {
             node.serve_volume(&spec)?;
         }
         if let Some(path) = &node.options.control {
-            let door = operator::listen(path, node.sender.clone())
-                .map_err(|source| NodeError::Control { path: path.clone(), source })?;
+            let door = operator::listen(path, node.sender.clone()).map_err(|source| NodeError::Control {
+                path: path.clone(),
+                source,
+            })?;
             node._door = Some(door);
         }
         Ok(node)
@@ -231,7 +244,11 @@ impl Node {
         let mut next_tick = Instant::now() + TICK;
         loop {
             let patience = next_tick.saturating_duration_since(Instant::now());
-            match self.backlog.pop_front().map_or_else(|| self.inputs.recv_timeout(patience), Ok) {
+            match self
+                .backlog
+                .pop_front()
+                .map_or_else(|| self.inputs.recv_timeout(patience), Ok)
+            {
                 Ok(Input::Plane(event)) => self.event(event),
                 Ok(Input::Request(request, reply)) => self.request(request, reply),
                 Ok(Input::Opened(index, opened, reply)) => self.opened(index, *opened, reply),
@@ -253,26 +270,45 @@ impl Node {
             // Ends the session, which takes the queues back first.
             volume.export = None;
         }
-        let leaving: Vec<_> = self.volumes.iter().flatten().map(|volume| self.plane.remove_volume(volume.index)).collect();
+        let leaving: Vec<_> = self
+            .volumes
+            .iter()
+            .flatten()
+            .map(|volume| self.plane.remove_volume(volume.index))
+            .collect();
         let mut unclean = Vec::new();
         for quiet in leaving {
             if !self.wait_quiet(&quiet, end) {
                 unclean.push("a volume did not become quiet".to_owned());
             }
         }
-        let online: Vec<_> = self.disks.iter().filter(|disk| disk.phase == Phase::Online).collect();
-        let closing: Vec<_> = online.iter().map(|disk| (&disk.name, self.plane.close_disk(disk.index))).collect();
+        let online: Vec<_> = self
+            .disks
+            .iter()
+            .filter(|disk| disk.phase == Phase::Online)
+            .collect();
+        let closing: Vec<_> = online
+            .iter()
+            .map(|disk| (&disk.name, self.plane.close_disk(disk.index)))
+            .collect();
         for (name, closed) in closing {
             if !closed.recv_timeout(left(end)).unwrap_or(false) {
                 unclean.push(format!("{name} was not closed cleanly"));
             }
         }
-        if unclean.is_empty() { Ok(()) } else { Err(NodeError::Wrong(unclean.join("; "))) }
+        if unclean.is_empty() {
+            Ok(())
+        } else {
+            Err(NodeError::Wrong(unclean.join("; ")))
+        }
     }
 
     /// Waits until an owner has ended. It may still need the outcome of a proposal for that.
     fn wait_quiet(&mut self, quiet: &mpsc::Receiver<()>, end: Instant) -> bool {
-        while quiet.recv_timeout(Duration::from_millis(2)).is_err_and(|e| e == mpsc::RecvTimeoutError::Timeout) {
+        while quiet
+            .recv_timeout(Duration::from_millis(2))
+            .is_err_and(|e| e == mpsc::RecvTimeoutError::Timeout)
+        {
             while let Ok(input) = self.inputs.try_recv() {
                 match input {
                     Input::Plane(event) => self.event(event),
@@ -296,9 +332,15 @@ impl Node {
         let (cache, faults) = (self.options.cache_bytes, self.options.faults);
         // Side by side: recovery reads a good deal of each disk.
         let opened: Vec<Result<Opened, DiskError>> = std::thread::scope(|scope| {
-            let threads: Vec<_> =
-                self.disks.iter().map(|disk| scope.spawn(move || disks::open(&disk.name, &disk.spec, cache, faults))).collect();
-            threads.into_iter().map(|thread| thread.join().expect("opening a disk does not panic")).collect()
+            let threads: Vec<_> = self
+                .disks
+                .iter()
+                .map(|disk| scope.spawn(move || disks::open(&disk.name, &disk.spec, cache, faults)))
+                .collect();
+            threads
+                .into_iter()
+                .map(|thread| thread.join().expect("opening a disk does not panic"))
+                .collect()
         });
         for (number, opened) in opened.into_iter().enumerate() {
             let index = self.disks[number].index;
@@ -311,7 +353,9 @@ impl Node {
         if self.disks.len() >= DISKS_MAX {
             return Err(NodeError::Wrong(format!("a node has at most {DISKS_MAX} disks")));
         }
-        let same = |disk: &NodeDisk| disks::is_path(&spec).is_some() && disks::is_path(&disk.spec) == disks::is_path(&spec);
+        let same = |disk: &NodeDisk| {
+            disks::is_path(&spec).is_some() && disks::is_path(&disk.spec) == disks::is_path(&spec)
+        };
         if let Some(twin) = self.disks.iter().find(|disk| same(disk)) {
             return Err(NodeError::Wrong(format!("disk {} is given twice", twin.name)));
         }
@@ -326,18 +370,36 @@ impl Node {
 
     fn bring_up(&mut self, index: DiskIndex, opened: Opened) -> Result<(), NodeError> {
         let (up, bytes) = (opened.up(index), opened.bytes);
-        if let Some(twin) = self.disks.iter().find(|disk| disk.uuid == Some(up.uuid) && disk.index != index && disk.up.is_some()) {
+        if let Some(twin) = self
+            .disks
+            .iter()
+            .find(|disk| disk.uuid == Some(up.uuid) && disk.index != index && disk.up.is_some())
+        {
             let name = self.disks[usize::from(index.0)].name.clone();
-            return Err(NodeError::Wrong(format!("{name} and {} are copies of one disk: use only one of them", twin.name)));
+            return Err(NodeError::Wrong(format!(
+                "{name} and {} are copies of one disk: use only one of them",
+                twin.name
+            )));
         }
         let domain = self.disks[usize::from(index.0)].domain();
         let known = self.control.state().disks.get(&Disk(up.uuid));
         if known.is_none_or(|record| record.domain != domain || record.bytes != bytes) {
-            self.control.execute(&Command::AddDisk { disk: up.uuid, domain, bytes })?;
+            self.control.execute(&Command::AddDisk {
+                disk: up.uuid,
+                domain,
+                bytes,
+            })?;
         }
         let state = self.control.state();
-        let garbage = opened.chunks.iter().filter(|chunk| !state.has_replica(up.uuid, chunk)).copied().collect();
-        self.plane.add_disk(up, opened.service).map_err(NodeError::Plane)?;
+        let garbage = opened
+            .chunks
+            .iter()
+            .filter(|chunk| !state.has_replica(up.uuid, chunk))
+            .copied()
+            .collect();
+        self.plane
+            .add_disk(up, opened.service)
+            .map_err(NodeError::Plane)?;
         self.plane.drop_chunks(index, garbage);
         self.notices.extend(opened.notices);
         let disk = self.disk_mut(index);
@@ -355,16 +417,24 @@ impl Node {
         let disk = self.disk_mut(index);
         disk.phase = Phase::Opening;
         let (name, spec) = (disk.name.clone(), disk.spec.clone());
-        let opening = std::thread::Builder::new().name(format!("open{}", index.0)).spawn(move || {
-            let opened = disks::open(&name, &spec, cache, faults);
-            sender.send(Input::Opened(index, Box::new(opened), reply)).ok();
-        });
+        let opening = std::thread::Builder::new()
+            .name(format!("open{}", index.0))
+            .spawn(move || {
+                let opened = disks::open(&name, &spec, cache, faults);
+                sender.send(Input::Opened(index, Box::new(opened), reply)).ok();
+            });
         if let Err(error) = opening {
-            self.disk_mut(index).failed(format!("it could not be opened: {error}"), Instant::now());
+            self.disk_mut(index)
+                .failed(format!("it could not be opened: {error}"), Instant::now());
         }
     }
 
-    fn opened(&mut self, index: DiskIndex, opened: Result<Opened, DiskError>, reply: Option<mpsc::Sender<Response>>) {
+    fn opened(
+        &mut self,
+        index: DiskIndex,
+        opened: Result<Opened, DiskError>,
+        reply: Option<mpsc::Sender<Response>>,
+    ) {
         let result = match opened {
             Ok(opened) => self.bring_up(index, opened),
             Err(error) => Err(error.into()),
@@ -389,10 +459,18 @@ impl Node {
     }
 
     fn attach(&mut self, name: &str) -> Result<VolumeIndex, NodeError> {
-        let config = self.execute_volume(&Command::Attach { name: name.to_owned() })?;
-        let number = self.volumes.iter().position(Option::is_none).unwrap_or(self.volumes.len());
+        let config = self.execute_volume(&Command::Attach {
+            name: name.to_owned(),
+        })?;
+        let number = self
+            .volumes
+            .iter()
+            .position(Option::is_none)
+            .unwrap_or(self.volumes.len());
         if number >= VOLUMES_MAX {
-            return Err(NodeError::Wrong(format!("a node has at most {VOLUMES_MAX} volumes")));
+            return Err(NodeError::Wrong(format!(
+                "a node has at most {VOLUMES_MAX} volumes"
+            )));
         }
         if number == self.volumes.len() {
             self.volumes.push(None);
@@ -400,7 +478,14 @@ impl Node {
         let index = VolumeIndex(number as u16);
         let instance = self.instance(name);
         let (name, id) = (name.to_owned(), config.id);
-        self.volumes[number] = Some(NodeVolume { name, id, index, socket: None, export: None, instance });
+        self.volumes[number] = Some(NodeVolume {
+            name,
+            id,
+            index,
+            socket: None,
+            export: None,
+            instance,
+        });
         let ups: Vec<DiskUp> = self.disks.iter().filter_map(|disk| disk.up).collect();
         self.plane.add_volume(index, config, ups);
         Ok(index)
@@ -409,11 +494,16 @@ impl Node {
     /// What names a volume's contents to front ends: drawn anew if the contents do not outlive the process.
     fn instance(&self, name: &str) -> u128 {
         let record = &self.control.state().volumes[name];
-        let lasting = |uuid: Disk| self.disks.iter().any(|disk| disk.uuid == Some(uuid.0) && disk.keeps_data());
-        let keeps = record
-            .chunks
-            .iter()
-            .all(|slots| slots.iter().any(|slot| slot.state == ReplicaState::InSync && lasting(slot.disk)));
+        let lasting = |uuid: Disk| {
+            self.disks
+                .iter()
+                .any(|disk| disk.uuid == Some(uuid.0) && disk.keeps_data())
+        };
+        let keeps = record.chunks.iter().all(|slots| {
+            slots
+                .iter()
+                .any(|slot| slot.state == ReplicaState::InSync && lasting(slot.disk))
+        });
         if keeps { record.instance } else { disks::random() }
     }
 
@@ -425,7 +515,11 @@ impl Node {
     }
 
     fn find_volume(&mut self, name: &str) -> Result<&mut NodeVolume, NodeError> {
-        let found = self.volumes.iter_mut().flatten().find(|volume| volume.name == name);
+        let found = self
+            .volumes
+            .iter_mut()
+            .flatten()
+            .find(|volume| volume.name == name);
         found.ok_or_else(|| Refused::NoVolume(name.to_owned()).into())
     }
 
@@ -456,7 +550,10 @@ impl Node {
         let sessions = Arc::clone(&self.sessions);
         let volume = self.find_volume(&spec.name)?;
         if volume.export.is_some() {
-            return Err(NodeError::Wrong(format!("volume {} is served already", spec.name)));
+            return Err(NodeError::Wrong(format!(
+                "volume {} is served already",
+                spec.name
+            )));
         }
         let config = DeviceConfig {
             capacity_bytes,
@@ -466,28 +563,42 @@ impl Node {
             serial: spec.name.clone(),
             instance: volume.instance,
         };
-        let export = Export::new(exports::device(volume.index), config, socket, sessions)
-            .map_err(|source| NodeError::Serve { name: spec.name.clone(), source })?;
+        let export =
+            Export::new(exports::device(volume.index), config, socket, sessions).map_err(|source| {
+                NodeError::Serve {
+                    name: spec.name.clone(),
+                    source,
+                }
+            })?;
         volume.export = Some(export);
         volume.socket = Some(socket.clone());
         Ok(())
     }
 
     fn create(&mut self, spec: &VolumeSpec) -> Result<(), NodeError> {
-        let size = spec
-            .size
-            .ok_or_else(|| NodeError::Wrong(format!("there is no volume {}: to create it, say its size", spec.name)))?;
+        let size = spec.size.ok_or_else(|| {
+            NodeError::Wrong(format!(
+                "there is no volume {}: to create it, say its size",
+                spec.name
+            ))
+        })?;
         let mirror = spec.mirror.unwrap_or(2);
-        let stripe_width = spec.stripe_width.unwrap_or_else(|| planner::default_width(self.control.state()));
+        let stripe_width = spec
+            .stripe_width
+            .unwrap_or_else(|| planner::default_width(self.control.state()));
         let stripe_unit = spec.stripe_unit.unwrap_or(256 << 10);
-        let geometry =
-            unibody_dataplane::geometry::Geometry::new(stripe_unit, stripe_width).map_err(Refused::Geometry)?;
+        let geometry = unibody_dataplane::geometry::Geometry::new(stripe_unit, stripe_width)
+            .map_err(Refused::Geometry)?;
         let chunks = planner::plan_chunks(self.control.state(), geometry.chunks(size), mirror)?;
         let keeps_nothing = |uuid: &DiskUuid| {
-            self.disks.iter().any(|disk| disk.uuid == Some(*uuid) && disk.kind == DiskKind::Null)
+            self.disks
+                .iter()
+                .any(|disk| disk.uuid == Some(*uuid) && disk.kind == DiskKind::Null)
         };
         if mirror > 1 && chunks.iter().flatten().any(keeps_nothing) {
-            return Err(NodeError::Wrong("a volume on a null disk keeps nothing, so it can not be mirrored: use mirror=1".into()));
+            return Err(NodeError::Wrong(
+                "a volume on a null disk keeps nothing, so it can not be mirrored: use mirror=1".into(),
+            ));
         }
         self.execute_volume(&Command::CreateVolume {
             name: spec.name.clone(),
@@ -505,10 +616,20 @@ impl Node {
 
     fn resize(&mut self, name: &str, size: u64) -> Result<(), NodeError> {
         let state = self.control.state();
-        let volume = state.volumes.get(name).ok_or_else(|| Refused::NoVolume(name.to_owned()))?;
-        let more = volume.geometry().chunks(size).saturating_sub(volume.chunks.len() as u32);
+        let volume = state
+            .volumes
+            .get(name)
+            .ok_or_else(|| Refused::NoVolume(name.to_owned()))?;
+        let more = volume
+            .geometry()
+            .chunks(size)
+            .saturating_sub(volume.chunks.len() as u32);
         let chunks = planner::plan_chunks(state, more, volume.mirror)?;
-        let config = self.execute_volume(&Command::ResizeVolume { name: name.to_owned(), size, chunks })?;
+        let config = self.execute_volume(&Command::ResizeVolume {
+            name: name.to_owned(),
+            size,
+            chunks,
+        })?;
         let plane = Arc::clone(&self.plane);
         let volume = self.find_volume(name)?;
         plane.reconfigured(volume.index, config);
@@ -522,16 +643,22 @@ impl Node {
         let plane = Arc::clone(&self.plane);
         let volume = self.find_volume(name)?;
         if volume.export.as_ref().is_some_and(Export::connected) {
-            return Err(NodeError::Wrong(format!("volume {name} is in use by a VM: stop that first")));
+            return Err(NodeError::Wrong(format!(
+                "volume {name} is in use by a VM: stop that first"
+            )));
         }
         volume.export = None;
         let index = volume.index;
         if !self.wait_quiet(&plane.remove_volume(index), Instant::now() + PATIENCE) {
-            return Err(NodeError::Wrong(format!("volume {name} does not become quiet: see `unibody status`, then try again")));
+            return Err(NodeError::Wrong(format!(
+                "volume {name} does not become quiet: see `unibody status`, then try again"
+            )));
         }
         self.volumes[usize::from(index.0)] = None;
         let record = self.control.state().volumes[name].clone();
-        self.control.execute(&Command::DeleteVolume { name: name.to_owned() })?;
+        self.control.execute(&Command::DeleteVolume {
+            name: name.to_owned(),
+        })?;
         // A disk that is away now is told when it comes back.
         for disk in self.disks.iter().filter(|disk| disk.phase == Phase::Online) {
             if let Some(uuid) = disk.uuid {
@@ -556,30 +683,58 @@ impl Node {
                 let disk = self.disk_mut(index);
                 if disk.phase == Phase::Online {
                     disk.phase = Phase::Leaving;
-                    eprintln!("unibody: disk {} answers nothing and is taken out of service", disk.name);
+                    eprintln!(
+                        "unibody: disk {} answers nothing and is taken out of service",
+                        disk.name
+                    );
                     self.plane.fail_disk(index);
                 }
             }
-            Event::Attached { volume, power_lost: true } => {
-                self.say(volume, "the machine lost power under it: writes that were not flushed may be gone");
+            Event::Attached {
+                volume,
+                power_lost: true,
+            } => {
+                self.say(
+                    volume,
+                    "the machine lost power under it: writes that were not flushed may be gone",
+                );
             }
             Event::Attached { .. } => {}
-            Event::NewGeneration(volume) => self.say(volume, "restart the node soon: half of this owner's versions are used"),
+            Event::NewGeneration(volume) => self.say(
+                volume,
+                "restart the node soon: half of this owner's versions are used",
+            ),
             Event::Fenced(volume) => self.say(volume, "another owner has it: all its I/O fails here"),
-            Event::Failed(volume) => self.say(volume, "its last replicas forgot acknowledged writes: all I/O fails until the node is restarted"),
+            Event::Failed(volume) => self.say(
+                volume,
+                "its last replicas forgot acknowledged writes: all I/O fails until the node is restarted",
+            ),
         }
     }
 
     fn say(&self, volume: VolumeIndex, what: &str) {
-        let name = self.volumes.get(usize::from(volume.0)).and_then(Option::as_ref).map_or("?", |volume| &volume.name);
+        let name = self
+            .volumes
+            .get(usize::from(volume.0))
+            .and_then(Option::as_ref)
+            .map_or("?", |volume| &volume.name);
         eprintln!("unibody: volume {name}: {what}");
     }
 
     fn proposal(&mut self, index: VolumeIndex, id: VolumeId, proposal: Proposal) {
-        let found = self.volumes.get(usize::from(index.0)).and_then(Option::as_ref).filter(|volume| volume.id == id);
-        let Some(name) = found.map(|volume| volume.name.clone()) else { return };
+        let found = self
+            .volumes
+            .get(usize::from(index.0))
+            .and_then(Option::as_ref)
+            .filter(|volume| volume.id == id);
+        let Some(name) = found.map(|volume| volume.name.clone()) else {
+            return;
+        };
         let full = matches!(proposal.change, Change::MarkStale { no_space: true, .. });
-        match self.control.execute(&Command::Propose { name: name.clone(), proposal }) {
+        match self.control.execute(&Command::Propose {
+            name: name.clone(),
+            proposal,
+        }) {
             Ok(Applied::Outcome(outcome)) => self.plane.decided(index, outcome),
             Ok(other) => unreachable!("a proposal is answered with an outcome, not {other:?}"),
             Err(ExecuteError::Refused(_)) => self.plane.decided(index, Outcome::Fenced),
@@ -599,7 +754,12 @@ impl Node {
 
     fn tick(&mut self) {
         let now = Instant::now();
-        let due: Vec<DiskIndex> = self.disks.iter().filter(|disk| disk.due(now)).map(|disk| disk.index).collect();
+        let due: Vec<DiskIndex> = self
+            .disks
+            .iter()
+            .filter(|disk| disk.due(now))
+            .map(|disk| disk.index)
+            .collect();
         for index in due {
             self.open_later(index, None);
         }
@@ -619,11 +779,18 @@ impl Node {
     /// Gives the places of replicas that a disk had no room for to other disks.
     fn move_full(&mut self) {
         let disks: Vec<DiskUuid> = self.control.state().disks.keys().map(|disk| disk.0).collect();
-        disks.into_iter().for_each(|disk| self.move_from(disk, true, None));
+        disks
+            .into_iter()
+            .for_each(|disk| self.move_from(disk, true, None));
     }
 
     fn move_from(&mut self, from: DiskUuid, full: bool, preferred: Option<DiskUuid>) {
-        let names: Vec<_> = self.volumes.iter().flatten().map(|volume| (volume.name.clone(), volume.index)).collect();
+        let names: Vec<_> = self
+            .volumes
+            .iter()
+            .flatten()
+            .map(|volume| (volume.name.clone(), volume.index))
+            .collect();
         for (name, index) in names {
             let to = planner::plan_moves(self.control.state(), &name, from, full, preferred);
             if to.is_empty() {
@@ -641,7 +808,9 @@ impl Node {
     fn request(&mut self, request: Request, reply: mpsc::Sender<Response>) {
         let null = |()| serde_json::Value::Null;
         let result = match request {
-            Request::Status => serde_json::to_value(self.status()).map_err(|error| NodeError::Wrong(error.to_string())),
+            Request::Status => {
+                serde_json::to_value(self.status()).map_err(|error| NodeError::Wrong(error.to_string()))
+            }
             Request::VolumeCreate(spec) => self.create_new(&spec).map(null),
             Request::VolumeResize { name, size } => self.resize(&name, size).map(null),
             Request::VolumeDelete { name } => self.delete(&name).map(null),
@@ -673,13 +842,18 @@ impl Node {
     fn find_disk(&mut self, name: &str) -> Result<&mut NodeDisk, NodeError> {
         let names: Vec<_> = self.disks.iter().map(|disk| disk.name.clone()).collect();
         let found = self.disks.iter_mut().find(|disk| disk.name == name);
-        found.ok_or_else(|| NodeError::Wrong(format!("there is no disk {name}; there are {}", names.join(", "))))
+        found.ok_or_else(|| {
+            NodeError::Wrong(format!("there is no disk {name}; there are {}", names.join(", ")))
+        })
     }
 
     fn add(&mut self, spec: &str) -> Result<DiskIndex, NodeError> {
         let spec: DiskSpec = spec.parse()?;
         if self.options.state.is_none() && matches!(spec.backend, Backend::Path(_)) {
-            return Err(NodeError::Wrong("this node keeps no state, so it can not use a disk that keeps data: start it with --state".into()));
+            return Err(NodeError::Wrong(
+                "this node keeps no state, so it can not use a disk that keeps data: start it with --state"
+                    .into(),
+            ));
         }
         self.add_slot(spec)
     }
@@ -699,14 +873,16 @@ impl Node {
     fn return_disk(&mut self, name: &str) -> Result<DiskIndex, NodeError> {
         let disk = self.find_disk(name)?;
         match disk.phase {
-            Phase::Failed(_) if disk.kind == DiskKind::Memory => {
-                Err(NodeError::Wrong(format!("disk {name} was in memory and is gone: replace it with another")))
-            }
+            Phase::Failed(_) if disk.kind == DiskKind::Memory => Err(NodeError::Wrong(format!(
+                "disk {name} was in memory and is gone: replace it with another"
+            ))),
             Phase::Failed(_) => {
                 disk.by_hand = false;
                 Ok(disk.index)
             }
-            Phase::Leaving => Err(NodeError::Wrong(format!("the last I/O of disk {name} has not ended; try again"))),
+            Phase::Leaving => Err(NodeError::Wrong(format!(
+                "the last I/O of disk {name} has not ended; try again"
+            ))),
             Phase::Online | Phase::Opening => Err(NodeError::Wrong(format!("disk {name} is in service"))),
         }
     }
@@ -714,7 +890,9 @@ impl Node {
     fn replace(&mut self, name: &str, spec: &str) -> Result<DiskIndex, NodeError> {
         let old = self.find_disk(name)?;
         if !matches!(old.phase, Phase::Failed(_)) {
-            return Err(NodeError::Wrong(format!("disk {name} is in service: take it out first (`disk fail {name}`)")));
+            return Err(NodeError::Wrong(format!(
+                "disk {name} is in service: take it out first (`disk fail {name}`)"
+            )));
         }
         let (uuid, domain) = (old.uuid, old.domain());
         let mut spec: DiskSpec = spec.parse()?;
@@ -730,7 +908,9 @@ impl Node {
     fn fault(&mut self, name: &str, fault: &Fault) -> Result<(), NodeError> {
         let disk = self.find_disk(name)?;
         let Some(handle) = &disk.faults else {
-            return Err(NodeError::Wrong("this node injects no faults: start it with `serve --faults`".into()));
+            return Err(NodeError::Wrong(
+                "this node injects no faults: start it with `serve --faults`".into(),
+            ));
         };
         handle.clear();
         let media = faulty::Fault::Fail(IoError::Media);
@@ -739,7 +919,10 @@ impl Node {
             Fault::ReadErrors => Rule::always(Kinds::READS, media),
             Fault::WriteErrors => Rule::always(Kinds::WRITES, media),
             Fault::FlushErrors => Rule::always(Kinds::FLUSHES, media),
-            Fault::Rot => Rule { times: ROTTEN_READS, ..Rule::always(Kinds::READS, faulty::Fault::Rot) },
+            Fault::Rot => Rule {
+                times: ROTTEN_READS,
+                ..Rule::always(Kinds::READS, faulty::Fault::Rot)
+            },
             Fault::Delay(ms) => Rule::always(Kinds::ALL, faulty::Fault::Delay(Duration::from_millis(*ms))),
             Fault::Stuck => Rule::always(Kinds::ALL, faulty::Fault::Stuck),
         };

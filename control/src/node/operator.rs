@@ -27,7 +27,10 @@ impl Drop for Door {
 /// Listens at `path` (mode 0600) and passes requests on.
 pub(super) fn listen(path: &Path, inputs: mpsc::Sender<Input>) -> io::Result<Door> {
     if UnixStream::connect(path).is_ok() {
-        return Err(io::Error::new(io::ErrorKind::AddrInUse, "another node answers there"));
+        return Err(io::Error::new(
+            io::ErrorKind::AddrInUse,
+            "another node answers there",
+        ));
     }
     match std::fs::remove_file(path) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
@@ -36,20 +39,22 @@ pub(super) fn listen(path: &Path, inputs: mpsc::Sender<Input>) -> io::Result<Doo
     let listener = UnixListener::bind(path)?;
     std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o600))?;
     let clients = Arc::new(AtomicUsize::new(0));
-    std::thread::Builder::new().name("control".into()).spawn(move || {
-        for stream in listener.incoming().flatten() {
-            if clients.fetch_add(1, Ordering::Relaxed) >= CLIENTS_MAX {
-                clients.fetch_sub(1, Ordering::Relaxed);
-                continue;
+    std::thread::Builder::new()
+        .name("control".into())
+        .spawn(move || {
+            for stream in listener.incoming().flatten() {
+                if clients.fetch_add(1, Ordering::Relaxed) >= CLIENTS_MAX {
+                    clients.fetch_sub(1, Ordering::Relaxed);
+                    continue;
+                }
+                let (inputs, clients) = (inputs.clone(), Arc::clone(&clients));
+                std::thread::spawn(move || {
+                    // A client that hangs up in the middle has not harmed anybody.
+                    serve(stream, &inputs).ok();
+                    clients.fetch_sub(1, Ordering::Relaxed);
+                });
             }
-            let (inputs, clients) = (inputs.clone(), Arc::clone(&clients));
-            std::thread::spawn(move || {
-                // A client that hangs up in the middle has not harmed anybody.
-                serve(stream, &inputs).ok();
-                clients.fetch_sub(1, Ordering::Relaxed);
-            });
-        }
-    })?;
+        })?;
     Ok(Door(path.to_path_buf()))
 }
 

@@ -16,8 +16,17 @@ impl Node {
     pub(super) fn status(&self) -> NodeStatus {
         let shards = self.plane.status();
         NodeStatus {
-            disks: self.disks.iter().map(|disk| self.disk_status(disk, &shards)).collect(),
-            volumes: self.volumes.iter().flatten().map(|volume| self.volume_status(volume, &shards)).collect(),
+            disks: self
+                .disks
+                .iter()
+                .map(|disk| self.disk_status(disk, &shards))
+                .collect(),
+            volumes: self
+                .volumes
+                .iter()
+                .flatten()
+                .map(|volume| self.volume_status(volume, &shards))
+                .collect(),
             reactors: shards.iter().map(reactor_status).collect(),
         }
     }
@@ -44,17 +53,27 @@ impl Node {
             kind: kind.into(),
             ..DiskStatus::default()
         };
-        if let Some(record) = disk.uuid.and_then(|uuid| self.control.state().disks.get(&Disk(uuid))) {
+        if let Some(record) = disk
+            .uuid
+            .and_then(|uuid| self.control.state().disks.get(&Disk(uuid)))
+        {
             status.capacity = record.bytes;
         }
-        let stats = shards.iter().flat_map(|shard| &shard.disks).find(|(index, _)| *index == disk.index);
+        let stats = shards
+            .iter()
+            .flat_map(|shard| &shard.disks)
+            .find(|(index, _)| *index == disk.index);
         if let Some((_, stats)) = stats {
             status.capacity = stats.capacity_bytes;
             status.free = stats.free_bytes;
             status.suspect = stats.suspect_chunks > 0;
             status.dirty_regions = stats.dirty_regions;
             status.in_doubt_regions = stats.in_doubt_regions;
-            status.counters = stats.counters().into_iter().map(|(name, value)| (name.to_owned(), value)).collect();
+            status.counters = stats
+                .counters()
+                .into_iter()
+                .map(|(name, value)| (name.to_owned(), value))
+                .collect();
         }
         if let Some(faults) = &disk.faults {
             status.counters.insert("faults_injected".into(), faults.faults());
@@ -63,7 +82,9 @@ impl Node {
     }
 
     fn volume_status(&self, volume: &super::NodeVolume, shards: &[ShardStatus]) -> VolumeStatus {
-        let Some(record) = self.control.state().volumes.get(&volume.name) else { return VolumeStatus::default() };
+        let Some(record) = self.control.state().volumes.get(&volume.name) else {
+            return VolumeStatus::default();
+        };
         let mut status = VolumeStatus {
             name: volume.name.clone(),
             size: record.size,
@@ -75,7 +96,10 @@ impl Node {
             replicas: record.chunks.iter().map(|slots| slots.len() as u64).sum(),
             ..VolumeStatus::default()
         };
-        let found = shards.iter().flat_map(|shard| &shard.volumes).find(|(index, _)| *index == volume.index);
+        let found = shards
+            .iter()
+            .flat_map(|shard| &shard.volumes)
+            .find(|(index, _)| *index == volume.index);
         let Some((_, mirror)) = found else { return status };
         status.in_sync = u64::from(mirror.in_sync);
         status.rebuilding = u64::from(mirror.rebuilding);
@@ -85,8 +109,16 @@ impl Node {
         status.counters = counters(mirror);
         if let Some(export) = &volume.export {
             let shared = export.shared();
-            status.counters.extend(shared.counters.list().into_iter().map(|(name, value)| (name.to_owned(), value)));
-            status.counters.insert("connected".into(), u64::from(export.connected()));
+            status.counters.extend(
+                shared
+                    .counters
+                    .list()
+                    .into_iter()
+                    .map(|(name, value)| (name.to_owned(), value)),
+            );
+            status
+                .counters
+                .insert("connected".into(), u64::from(export.connected()));
         }
         status
     }
@@ -139,5 +171,11 @@ fn reactor_status(shard: &ShardStatus) -> ReactorStatus {
         ("queues_polled", r.queues_polled),
         ("queues_idle", r.queues_idle),
     ];
-    ReactorStatus { core: r.core, counters: counters.into_iter().map(|(name, value)| (name.to_owned(), value)).collect() }
+    ReactorStatus {
+        core: r.core,
+        counters: counters
+            .into_iter()
+            .map(|(name, value)| (name.to_owned(), value))
+            .collect(),
+    }
 }

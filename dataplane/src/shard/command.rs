@@ -49,7 +49,9 @@ impl Shard {
                 }
             }
             Command::AddVolume(index, config, disks) => self.add_volume(index, config, disks),
-            Command::Decided(index, outcome) => self.with_mirror(index, |mirror, out| mirror.decided(outcome, out)),
+            Command::Decided(index, outcome) => {
+                self.with_mirror(index, |mirror, out| mirror.decided(outcome, out))
+            }
             Command::Reconfigured(index, config) => {
                 self.with_mirror(index, |mirror, out| mirror.reconfigured(config, out));
                 self.connect(index);
@@ -99,7 +101,9 @@ impl Shard {
     }
 
     fn disk_down(&mut self, disk: DiskIndex) {
-        let Some(up) = self.disks[usize::from(disk.0)].take() else { return };
+        let Some(up) = self.disks[usize::from(disk.0)].take() else {
+            return;
+        };
         for position in 0..self.present.len() {
             let index = self.present[position];
             if let Some(volume) = &mut self.volumes[usize::from(index.0)] {
@@ -115,7 +119,9 @@ impl Shard {
 
     /// Makes the disks of a volume's table known to it, as far as they are up.
     fn connect(&mut self, index: VolumeIndex) {
-        let Some(volume) = &mut self.volumes[usize::from(index.0)] else { return };
+        let Some(volume) = &mut self.volumes[usize::from(index.0)] else {
+            return;
+        };
         let mut fresh = Vec::new();
         for (number, uuid) in volume.mirror.disks().enumerate() {
             if volume.routes.len() <= number {
@@ -140,7 +146,10 @@ impl Shard {
         for up in disks {
             self.disks[usize::from(up.index.0)] = Some(up);
         }
-        let limits = Limits { ops: VOLUME_OPS, ..Limits::default() };
+        let limits = Limits {
+            ops: VOLUME_OPS,
+            ..Limits::default()
+        };
         self.volumes[usize::from(index.0)] = Some(Box::new(Volume {
             id: config.id,
             mirror: Mirror::new(config, limits),
@@ -171,7 +180,12 @@ impl Shard {
             let index = self.present[position];
             let slot = &mut self.volumes[usize::from(index.0)];
             let over = slot.as_ref().is_some_and(|volume| {
-                volume.removing.is_some() && (volume.detached || matches!(volume.mirror.phase(), Phase::Detached | Phase::Fenced | Phase::Failed))
+                volume.removing.is_some()
+                    && (volume.detached
+                        || matches!(
+                            volume.mirror.phase(),
+                            Phase::Detached | Phase::Fenced | Phase::Failed
+                        ))
             });
             if over {
                 self.present.swap_remove(position);
@@ -199,7 +213,12 @@ impl Shard {
             volumes: self
                 .present
                 .iter()
-                .filter_map(|&index| Some((index, self.volumes[usize::from(index.0)].as_ref()?.mirror.status())))
+                .filter_map(|&index| {
+                    Some((
+                        index,
+                        self.volumes[usize::from(index.0)].as_ref()?.mirror.status(),
+                    ))
+                })
                 .collect(),
         }
     }

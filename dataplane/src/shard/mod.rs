@@ -52,7 +52,12 @@ pub(crate) enum Message {
     /// From a control thread.
     Command(Box<Command>),
     /// From an owner on another reactor to a replica here.
-    Request { tag: u64, disk: DiskIndex, header: Header, request: Request },
+    Request {
+        tag: u64,
+        disk: DiskIndex,
+        header: Header,
+        request: Request,
+    },
     /// The answer.
     Reply { tag: u64, reply: Reply },
 }
@@ -74,7 +79,11 @@ impl Address {
     }
 
     fn unpack(tag: u64) -> Self {
-        Address { shard: (tag >> 48) as usize, volume: VolumeIndex((tag >> 32) as u16), request: tag as u32 }
+        Address {
+            shard: (tag >> 48) as usize,
+            volume: VolumeIndex((tag >> 32) as u16),
+            request: tag as u32,
+        }
     }
 }
 
@@ -102,11 +111,18 @@ impl Served {
     /// Drops some of the replicas that nobody will ask for again. No owner comes after this one.
     fn drop_some(&mut self, out: &mut Vec<store::Effect>) {
         for _ in 0..DROPS {
-            let Some(chunk) = self.drops.pop_front() else { return };
+            let Some(chunk) = self.drops.pop_front() else {
+                return;
+            };
             let generation = Generation((1 << 24) - 1);
-            let header = Header { volume: chunk.key.volume, generation, stable: Version::ZERO };
+            let header = Header {
+                volume: chunk.key.volume,
+                generation,
+                stable: Version::ZERO,
+            };
             self.store.submit(Address::NOBODY, header, Request::Seal, out);
-            self.store.submit(Address::NOBODY, header, Request::DropChunk(chunk), out);
+            self.store
+                .submit(Address::NOBODY, header, Request::DropChunk(chunk), out);
         }
     }
 }
@@ -196,7 +212,8 @@ impl Shard {
         events: mpsc::Sender<Event>,
     ) -> io::Result<Self> {
         let mut ring = Ring::new(RING_ENTRIES)?;
-        ring.watch(waker.fd(), queues::wake_tag()).map_err(io::Error::other)?;
+        ring.watch(waker.fd(), queues::wake_tag())
+            .map_err(io::Error::other)?;
         let ring_events = Vec::with_capacity(ring.events_max());
         Ok(Shard {
             number,
@@ -227,7 +244,10 @@ impl Shard {
             now: 0,
             next_tick: 0,
             stopping: false,
-            stats: ReactorStats { core, ..ReactorStats::default() },
+            stats: ReactorStats {
+                core,
+                ..ReactorStats::default()
+            },
         })
     }
 
@@ -279,11 +299,18 @@ impl Shard {
         let mut worked = false;
         // Bounded, so that a flood of messages does not starve the queues.
         for _ in 0..256 {
-            let Some(message) = self.inbox.receive() else { break };
+            let Some(message) = self.inbox.receive() else {
+                break;
+            };
             worked = true;
             match message {
                 Message::Command(command) => self.command(*command),
-                Message::Request { tag, disk, header, request } => self.serve(tag, disk, header, request),
+                Message::Request {
+                    tag,
+                    disk,
+                    header,
+                    request,
+                } => self.serve(tag, disk, header, request),
                 Message::Reply { tag, reply } => self.replies.push_back((Address::unpack(tag), reply)),
             }
         }
@@ -299,8 +326,11 @@ impl Shard {
                 reactor::Kind::Disk => {
                     let index = DiskIndex(event.tag.owner as u16);
                     if let Home::Store(served) = &mut self.homes[usize::from(index.0)] {
-                        served.disk.complete(&mut self.ring, event.tag.index, event.result, &mut self.done);
-                        self.completions.extend(self.done.drain(..).map(|done| (index, done)));
+                        served
+                            .disk
+                            .complete(&mut self.ring, event.tag.index, event.result, &mut self.done);
+                        self.completions
+                            .extend(self.done.drain(..).map(|done| (index, done)));
                     }
                 }
                 reactor::Kind::Kick => self.kicked(event),
@@ -338,16 +368,20 @@ impl Shard {
     }
 
     fn served(&self) -> impl Iterator<Item = &Served> {
-        self.stores.iter().filter_map(|disk| match &self.homes[usize::from(disk.0)] {
-            Home::Store(served) => Some(&**served),
-            _ => None,
-        })
+        self.stores
+            .iter()
+            .filter_map(|disk| match &self.homes[usize::from(disk.0)] {
+                Home::Store(served) => Some(&**served),
+                _ => None,
+            })
     }
 
     /// Nothing is in hand that would not announce itself by the ring or the bell.
     fn may_sleep(&self) -> bool {
         self.outboxes.iter().all(VecDeque::is_empty)
-            && !self.served().any(|served| served.disk.must_poll() || !served.waiting.is_empty())
+            && !self
+                .served()
+                .any(|served| served.disk.must_poll() || !served.waiting.is_empty())
     }
 
     /// Arms everything that can wake us, looks once more, and blocks.

@@ -68,7 +68,10 @@ pub(super) struct Names {
 
 impl Names {
     pub(super) fn new(max: u32) -> Self {
-        Names { free: (0..max).rev().collect(), op: vec![0; max as usize] }
+        Names {
+            free: (0..max).rev().collect(),
+            op: vec![0; max as usize],
+        }
     }
 
     /// Names left.
@@ -77,7 +80,10 @@ impl Names {
     }
 
     fn take(&mut self, op: u32) -> OpId {
-        let name = self.free.pop().expect("the caller polled for no more than there is room for");
+        let name = self
+            .free
+            .pop()
+            .expect("the caller polled for no more than there is room for");
         self.op[name as usize] = op;
         OpId(name)
     }
@@ -106,7 +112,13 @@ impl Ops {
             state: State::Free,
             volume: VolumeIndex(0),
             queue: 0,
-            request: Request { head: 0, kind: Kind::Flush, sector: 0, len: 0, data: Payload::NONE },
+            request: Request {
+                head: 0,
+                kind: Kind::Flush,
+                sector: 0,
+                len: 0,
+                data: Payload::NONE,
+            },
             at: 0,
             len: 0,
             left: 0,
@@ -152,7 +164,11 @@ impl Shard {
     /// Takes a request. There is a slot: the caller looked.
     pub(super) fn begin(&mut self, queue: u32, volume: VolumeIndex, request: Request) {
         self.stats.requests += 1;
-        let id = self.ops.free.pop().expect("the caller polled for no more than there is room for");
+        let id = self
+            .ops
+            .free
+            .pop()
+            .expect("the caller polled for no more than there is room for");
         let op = &mut self.ops.slots[id as usize];
         op.volume = volume;
         op.queue = queue;
@@ -183,10 +199,18 @@ impl Shard {
                 op.at += u64::from(op.len);
                 op.guest = op.guest.advance(op.len as usize);
                 // With its edges filled up to whole blocks a window still fits into the longest request.
-                let max = if pad(op.at) == 0 { REQUEST_MAX } else { REQUEST_MAX - BLOCK };
+                let max = if pad(op.at) == 0 {
+                    REQUEST_MAX
+                } else {
+                    REQUEST_MAX - BLOCK
+                };
                 op.len = op.left.min(max as u64) as u32;
                 op.left -= u64::from(op.len);
-                if op.request.kind == Kind::In { self.read_window(id) } else { self.write_window(id) }
+                if op.request.kind == Kind::In {
+                    self.read_window(id)
+                } else {
+                    self.write_window(id)
+                }
             }
             Kind::Out if !op.flushing && self.queues.write_through(op.queue) => self.flush_window(id),
             Kind::In | Kind::Out => self.end(id),
@@ -203,7 +227,11 @@ impl Shard {
         let op = &mut self.ops.slots[id as usize];
         let (at, len) = (op.at, u64::from(op.len));
         let aligned = pad(at) == 0 && pad(len) == 0;
-        if aligned && self.volumes[usize::from(op.volume.0)].as_ref().is_some_and(|volume| volume.inline) {
+        if aligned
+            && self.volumes[usize::from(op.volume.0)]
+                .as_ref()
+                .is_some_and(|volume| volume.inline)
+        {
             let data = op.guest;
             return self.submit_window(id, OpKind::Read, at, len, data, 0);
         }
@@ -220,7 +248,11 @@ impl Shard {
         let op = &mut self.ops.slots[id as usize];
         let (at, len) = (op.at, u64::from(op.len));
         let aligned = pad(at) == 0 && pad(len) == 0;
-        if aligned && self.volumes[usize::from(op.volume.0)].as_ref().is_some_and(|volume| volume.null) {
+        if aligned
+            && self.volumes[usize::from(op.volume.0)]
+                .as_ref()
+                .is_some_and(|volume| volume.null)
+        {
             let data = op.guest;
             return self.submit_window(id, OpKind::Write, at, len, data, len as usize / BLOCK);
         }
@@ -271,7 +303,10 @@ impl Shard {
             op.len = 0;
             if op.left == 0 {
                 let Some(range) = self.queues.range(op.queue, &op.request, op.range) else {
-                    if op.request.kind == Kind::WriteZeroes && !op.flushing && self.queues.write_through(op.queue) {
+                    if op.request.kind == Kind::WriteZeroes
+                        && !op.flushing
+                        && self.queues.write_through(op.queue)
+                    {
                         return self.flush_window(id);
                     }
                     return self.end(id);
@@ -322,7 +357,9 @@ impl Shard {
     /// Buffers were given back: those that waited for them go on.
     pub(super) fn retry_waiting(&mut self) {
         for _ in 0..self.ops.waiting.len() {
-            let Some(id) = self.ops.waiting.pop_front() else { return };
+            let Some(id) = self.ops.waiting.pop_front() else {
+                return;
+            };
             let op = &mut self.ops.slots[id as usize];
             op.state = State::Active;
             match op.request.kind {
@@ -343,13 +380,26 @@ impl Shard {
         };
         let name = volume.names.take(id);
         self.ops.slots[id as usize].name = name;
-        volume.mirror.submit(name, kind, at, len, data, &self.ops.crcs[..blocks], &mut self.mirror_effects);
+        volume.mirror.submit(
+            name,
+            kind,
+            at,
+            len,
+            data,
+            &self.ops.crcs[..blocks],
+            &mut self.mirror_effects,
+        );
         self.apply_mirror(index);
     }
 
     /// The mirror has read the blocks that an unaligned write touches only in part: fill them up from there. Answers with
     /// the checksums of the same blocks.
-    pub(super) fn merge(&mut self, id: u32, head: Option<Payload>, tail: Option<Payload>) -> (Option<u32>, Option<u32>) {
+    pub(super) fn merge(
+        &mut self,
+        id: u32,
+        head: Option<Payload>,
+        tail: Option<Payload>,
+    ) -> (Option<u32>, Option<u32>) {
         let op = &self.ops.slots[id as usize];
         let lent = op.lent.as_ref().expect("an unaligned write has private buffers");
         let segs = self.buffers.segs(lent);
@@ -405,7 +455,10 @@ impl Shard {
 
     /// No request carries the window's memory any more.
     pub(super) fn released(&mut self, id: u32) {
-        debug_assert!(matches!(self.ops.slots[id as usize].state, State::Lingering | State::Answered));
+        debug_assert!(matches!(
+            self.ops.slots[id as usize].state,
+            State::Lingering | State::Answered
+        ));
         self.window_over(id);
     }
 

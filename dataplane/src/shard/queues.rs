@@ -19,7 +19,11 @@ const TAKE_MAX: usize = 64;
 
 /// The tag of the reactor's own bell.
 pub(super) fn wake_tag() -> Tag {
-    Tag { kind: Kind::Wake, owner: 0, index: 0 }
+    Tag {
+        kind: Kind::Wake,
+        owner: 0,
+        index: 0,
+    }
 }
 
 struct Slot {
@@ -67,7 +71,9 @@ impl Queues {
 
     /// Whether the guest believes that a completed write is durable.
     pub(super) fn write_through(&self, id: u32) -> bool {
-        self.slots[id as usize].as_ref().is_some_and(|slot| slot.queue.shared().write_through())
+        self.slots[id as usize]
+            .as_ref()
+            .is_some_and(|slot| slot.queue.shared().write_through())
     }
 
     /// A range of a discard or write-zeroes request.
@@ -117,8 +123,13 @@ impl Queues {
 
     /// Begins to stop a queue. If it does not run the sender is dropped, which says so.
     pub(super) fn stop(&mut self, key: QueueKey, reply: mpsc::Sender<Box<Queue>>) {
-        let found = self.slots.iter().position(|slot| slot.as_ref().is_some_and(|slot| slot.key == key));
-        let Some(id) = found.map(|id| id as u32) else { return };
+        let found = self
+            .slots
+            .iter()
+            .position(|slot| slot.as_ref().is_some_and(|slot| slot.key == key));
+        let Some(id) = found.map(|id| id as u32) else {
+            return;
+        };
         self.polled.retain(|&other| other != id);
         let slot = self.slot(id);
         slot.polled = false;
@@ -127,7 +138,11 @@ impl Queues {
     }
 
     fn tag(&self, id: u32) -> Tag {
-        Tag { kind: Kind::Kick, owner: id, index: self.uses[id as usize] }
+        Tag {
+            kind: Kind::Kick,
+            owner: id,
+            index: self.uses[id as usize],
+        }
     }
 
     fn poll_again(&mut self, id: u32, now: u64) {
@@ -143,13 +158,13 @@ impl Queues {
     fn watch(&mut self, ring: &mut Ring) {
         while let Some(&id) = self.unwatched.last() {
             let tag = self.tag(id);
-            if let Some(slot) = &mut self.slots[id as usize] {
-                if let Some(fd) = slot.queue.kick_fd().filter(|_| !slot.watched) {
-                    if ring.watch(fd, tag).is_err() {
-                        return;
-                    }
-                    slot.watched = true;
+            if let Some(slot) = &mut self.slots[id as usize]
+                && let Some(fd) = slot.queue.kick_fd().filter(|_| !slot.watched)
+            {
+                if ring.watch(fd, tag).is_err() {
+                    return;
                 }
+                slot.watched = true;
             }
             self.unwatched.pop();
         }
@@ -192,7 +207,9 @@ impl Shard {
         while at < self.queues.polled.len() {
             let id = self.queues.polled[at];
             let volume = self.queues.slot(id).volume;
-            let names = self.volumes[usize::from(volume.0)].as_ref().map_or(usize::MAX, |volume| volume.names.room());
+            let names = self.volumes[usize::from(volume.0)]
+                .as_ref()
+                .map_or(usize::MAX, |volume| volume.names.room());
             let room = self.ops.room().min(names).min(TAKE_MAX);
             if room == 0 {
                 self.stats.waits += 1;

@@ -79,9 +79,21 @@ impl Shard {
         let mut effects = std::mem::take(&mut self.mirror_effects);
         for effect in effects.drain(..) {
             match effect {
-                mirror::Effect::Send { disk, id, header, request } => self.send(index, disk, id, header, request),
+                mirror::Effect::Send {
+                    disk,
+                    id,
+                    header,
+                    request,
+                } => self.send(index, disk, id, header, request),
                 mirror::Effect::Done { op, result, released } => {
-                    self.finished.push_back((index, op, Finish::Done { ok: result.is_ok(), released }));
+                    self.finished.push_back((
+                        index,
+                        op,
+                        Finish::Done {
+                            ok: result.is_ok(),
+                            released,
+                        },
+                    ));
                 }
                 mirror::Effect::Release { op } => self.finished.push_back((index, op, Finish::Released)),
                 mirror::Effect::ZeroFill { data, len } => {
@@ -92,10 +104,16 @@ impl Shard {
                 }
                 mirror::Effect::Merge { op, head, tail } => self.merges.push((op, head, tail)),
                 mirror::Effect::Propose(proposal) => {
-                    let volume = self.volumes[usize::from(index.0)].as_ref().expect("the volume that speaks").id;
+                    let volume = self.volumes[usize::from(index.0)]
+                        .as_ref()
+                        .expect("the volume that speaks")
+                        .id;
                     self.tell(Event::Proposal(index, volume, proposal));
                 }
-                mirror::Effect::Attached { power_lost } => self.tell(Event::Attached { volume: index, power_lost }),
+                mirror::Effect::Attached { power_lost } => self.tell(Event::Attached {
+                    volume: index,
+                    power_lost,
+                }),
                 mirror::Effect::Abandon { disk } => self.abandon(index, disk),
                 mirror::Effect::NewGeneration => self.tell(Event::NewGeneration(index)),
                 mirror::Effect::Fenced => self.tell(Event::Fenced(index)),
@@ -109,7 +127,9 @@ impl Shard {
         }
         self.mirror_effects = effects;
         while let Some((name, head, tail)) = self.merges.pop() {
-            let Some(volume) = &mut self.volumes[usize::from(index.0)] else { return };
+            let Some(volume) = &mut self.volumes[usize::from(index.0)] else {
+                return;
+            };
             let op = volume.names.op(name, false);
             let (head, tail) = self.merge(op, head, tail);
             self.with_mirror(index, |mirror, out| mirror.merged(name, head, tail, out));
@@ -117,7 +137,9 @@ impl Shard {
     }
 
     fn finish(&mut self, index: VolumeIndex, name: mirror::OpId, finish: Finish) {
-        let Some(volume) = &mut self.volumes[usize::from(index.0)] else { return };
+        let Some(volume) = &mut self.volumes[usize::from(index.0)] else {
+            return;
+        };
         match finish {
             Finish::Done { ok, released } => {
                 let op = volume.names.op(name, released);
@@ -132,7 +154,9 @@ impl Shard {
 
     /// A disk is silent for too long: it is taken out of service, and its mirrors hear of it when its last I/O has ended.
     fn abandon(&mut self, index: VolumeIndex, disk: mirror::DiskIndex) {
-        let volume = self.volumes[usize::from(index.0)].as_ref().expect("the volume that speaks");
+        let volume = self.volumes[usize::from(index.0)]
+            .as_ref()
+            .expect("the volume that speaks");
         if let Some(Some(disk)) = volume.routes.get(usize::from(disk.0)).copied() {
             self.tell(Event::Silent(disk));
         }
@@ -143,9 +167,23 @@ impl Shard {
         self.events.send(event).ok();
     }
 
-    fn send(&mut self, index: VolumeIndex, disk: mirror::DiskIndex, id: mirror::RequestId, header: Header, request: Request) {
-        let tag = Address { shard: self.number, volume: index, request: id.0 }.pack();
-        let volume = self.volumes[usize::from(index.0)].as_ref().expect("the volume that sends");
+    fn send(
+        &mut self,
+        index: VolumeIndex,
+        disk: mirror::DiskIndex,
+        id: mirror::RequestId,
+        header: Header,
+        request: Request,
+    ) {
+        let tag = Address {
+            shard: self.number,
+            volume: index,
+            request: id.0,
+        }
+        .pack();
+        let volume = self.volumes[usize::from(index.0)]
+            .as_ref()
+            .expect("the volume that sends");
         let Some(Some(disk)) = volume.routes.get(usize::from(disk.0)).copied() else {
             return self.reply(tag, Reply::Refused(Status::DiskFailed));
         };
@@ -153,7 +191,15 @@ impl Shard {
         if home == self.number {
             self.serve(tag, disk, header, request);
         } else {
-            self.post(home, Message::Request { tag, disk, header, request });
+            self.post(
+                home,
+                Message::Request {
+                    tag,
+                    disk,
+                    header,
+                    request,
+                },
+            );
         }
     }
 
@@ -161,7 +207,9 @@ impl Shard {
     pub(super) fn serve(&mut self, tag: u64, disk: DiskIndex, header: Header, request: Request) {
         match &mut self.homes[usize::from(disk.0)] {
             Home::Store(served) => {
-                served.store.submit(Tag(tag), header, request, &mut self.store_effects);
+                served
+                    .store
+                    .submit(Tag(tag), header, request, &mut self.store_effects);
                 self.apply_store(disk);
                 self.touch(disk);
             }
@@ -179,7 +227,9 @@ impl Shard {
         for effect in effects.drain(..) {
             match effect {
                 store::Effect::Io { token, io } => {
-                    let Home::Store(served) = &mut self.homes[usize::from(disk.0)] else { continue };
+                    let Home::Store(served) = &mut self.homes[usize::from(disk.0)] else {
+                        continue;
+                    };
                     if !served.waiting.is_empty() {
                         served.waiting.push_back((token, io));
                         continue;
@@ -187,11 +237,15 @@ impl Shard {
                     // SAFETY: the store's own pages and the operations' memory are kept until the I/O completed: the
                     // store answers a request only then, and `Op::carried` holds the memory until the answer.
                     match unsafe { served.disk.submit(&mut self.ring, token, io, &mut self.done) } {
-                        Ok(()) => self.completions.extend(self.done.drain(..).map(|done| (disk, done))),
+                        Ok(()) => self
+                            .completions
+                            .extend(self.done.drain(..).map(|done| (disk, done))),
                         Err(Busy) => served.waiting.push_back((token, io)),
                     }
                 }
-                store::Effect::Reply { tag: Address::NOBODY, .. } => {}
+                store::Effect::Reply {
+                    tag: Address::NOBODY, ..
+                } => {}
                 store::Effect::Reply { tag, reply } => self.reply(tag.0, reply),
                 store::Effect::Failed(reason) => {
                     if let Home::Store(served) = &mut self.homes[usize::from(disk.0)] {
@@ -212,8 +266,12 @@ impl Shard {
     pub(super) fn poll_disks(&mut self) -> bool {
         let mut worked = false;
         for position in 0..self.stores.len() {
-            let Some(&disk) = self.stores.get(position) else { break };
-            let Home::Store(served) = &mut self.homes[usize::from(disk.0)] else { continue };
+            let Some(&disk) = self.stores.get(position) else {
+                break;
+            };
+            let Home::Store(served) = &mut self.homes[usize::from(disk.0)] else {
+                continue;
+            };
             if served.disk.in_hand() > 0 {
                 worked |= served.disk.poll(&mut self.ring, &mut self.done);
             }
@@ -225,7 +283,8 @@ impl Shard {
                 worked = true;
                 served.waiting.pop_front();
             }
-            self.completions.extend(self.done.drain(..).map(|done| (disk, done)));
+            self.completions
+                .extend(self.done.drain(..).map(|done| (disk, done)));
             let over = served.ending.is_some() || served.closed;
             if over && served.disk.in_hand() == 0 && served.waiting.is_empty() && served.store.idle() {
                 worked = true;
@@ -303,10 +362,16 @@ fn null_reply(up: &crate::plane::DiskUp, request: &Request) -> Reply {
             suspect: false,
             chunks: Vec::new(),
         })),
-        Request::Read { .. } => Reply::Read { holes: 0, bad: 0, lost: 0, crcs: [0; BLOCKS_PER_EXTENT] },
-        Request::Digest { .. } => {
-            Reply::Digest { in_doubt: false, extents: Box::new([ExtentDigest::default(); EXTENTS_PER_REGION]) }
-        }
+        Request::Read { .. } => Reply::Read {
+            holes: 0,
+            bad: 0,
+            lost: 0,
+            crcs: [0; BLOCKS_PER_EXTENT],
+        },
+        Request::Digest { .. } => Reply::Digest {
+            in_doubt: false,
+            extents: Box::new([ExtentDigest::default(); EXTENTS_PER_REGION]),
+        },
         _ => Reply::Done,
     }
 }

@@ -68,10 +68,7 @@ impl Seed {
         let mut key = [0; 32];
         key[..16].copy_from_slice(&bytes);
         key[16..].copy_from_slice(b"unibody disk v1\0");
-        Seed {
-            key,
-            uuid: bytes,
-        }
+        Seed { key, uuid: bytes }
     }
 
     /// Keyed hash of `bytes`, in which the 32 bytes at `hole` count as zero.

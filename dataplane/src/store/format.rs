@@ -29,7 +29,9 @@ pub struct FormatOptions {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum FormatError {
     /// It holds our format, sound or damaged.
-    #[error("the disk holds a Unibody superblock: open it, or format it with --force to destroy its contents")]
+    #[error(
+        "the disk holds a Unibody superblock: open it, or format it with --force to destroy its contents"
+    )]
     Formatted,
     /// It holds something else.
     #[error("the disk is not blank (byte {0}): if its contents may be destroyed, format it with --force")]

@@ -221,7 +221,11 @@ impl Store {
     /// The replicas held, without those that are being dropped.
     pub fn chunks(&self) -> impl Iterator<Item = crate::replica::ChunkRef> {
         let live = |chunk: &&tables::Chunk| chunk.entry.state == ChunkState::Live;
-        self.tables.chunks.iter().filter(live).map(|chunk| chunk.entry.chunk)
+        self.tables
+            .chunks
+            .iter()
+            .filter(live)
+            .map(|chunk| chunk.entry.chunk)
     }
 
     /// Ends the disk, as if it had failed: what is under way is answered when its last I/O has ended, and nothing is

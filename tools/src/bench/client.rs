@@ -30,7 +30,12 @@ impl Client {
     /// Connects to `socket`, with `memory` bytes to do I/O in and up to `depth` requests at a time.
     pub(crate) fn connect(socket: &Path, depth: usize, memory: usize) -> Result<Self> {
         let path = socket.to_path_buf();
-        let wrong = || format!("{} can not be used as a vhost-user-blk device: is a node serving it?", path.display());
+        let wrong = || {
+            format!(
+                "{} can not be used as a vhost-user-blk device: is a node serving it?",
+                path.display()
+            )
+        };
         let text = socket.to_str().context("a socket's path must be UTF-8")?;
         let mut blkio = Blkio::new("virtio-blk-vhost-user").with_context(wrong)?;
         blkio.set_str("path", text).with_context(wrong)?;
@@ -41,10 +46,18 @@ impl Client {
         let size = depth.next_power_of_two().max(16) as i32;
         blkio.set_i32("queue-size", size.min(256)).with_context(wrong)?;
         let mut started = blkio.start().with_context(wrong)?;
-        let memory = blkio.alloc_mem_region(memory.next_multiple_of(1 << 21)).with_context(wrong)?;
+        let memory = blkio
+            .alloc_mem_region(memory.next_multiple_of(1 << 21))
+            .with_context(wrong)?;
         blkio.map_mem_region(&memory).with_context(wrong)?;
         let queue = started.poll_queues.pop().with_context(wrong)?;
-        Ok(Client { queue, memory, _blkio: blkio, path, capacity })
+        Ok(Client {
+            queue,
+            memory,
+            _blkio: blkio,
+            path,
+            capacity,
+        })
     }
 
     /// Bytes of the device.
@@ -110,7 +123,11 @@ impl Client {
             left -= self.poll(|_, result| worst = worst.min(result))?;
             failed += usize::from(worst < 0);
             if Instant::now() > end {
-                bail!("{} answered nothing for {} s", self.path.display(), PATIENCE.as_secs());
+                bail!(
+                    "{} answered nothing for {} s",
+                    self.path.display(),
+                    PATIENCE.as_secs()
+                );
             }
         }
         if failed > 0 {

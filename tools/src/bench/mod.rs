@@ -139,7 +139,8 @@ struct Job<'a> {
 
 pub(crate) fn run(args: BenchArgs) -> Result<()> {
     if let Some(core) = args.core {
-        unibody_dataplane::reactor::pin::pin_current(core).with_context(|| format!("core {core} can not be used"))?;
+        unibody_dataplane::reactor::pin::pin_current(core)
+            .with_context(|| format!("core {core} can not be used"))?;
     }
     let report = measure(&args)?;
     if args.json {
@@ -154,25 +155,50 @@ pub(crate) fn run(args: BenchArgs) -> Result<()> {
 }
 
 fn jobs(args: &BenchArgs) -> Result<Vec<Job<'_>>> {
-    if !args.bs.is_multiple_of(512) || (args.verify || args.fill || args.verify_only) && !args.bs.is_multiple_of(4096) {
+    if !args.bs.is_multiple_of(512)
+        || (args.verify || args.fill || args.verify_only) && !args.bs.is_multiple_of(4096)
+    {
         bail!("--bs must be a multiple of 512, and of 4096 where blocks are stamped");
     }
     let mut jobs = Vec::new();
-    for (number, socket) in args.sockets.iter().flat_map(|s| (0..args.queues).map(move |_| s)).enumerate() {
+    for (number, socket) in args
+        .sockets
+        .iter()
+        .flat_map(|s| (0..args.queues).map(move |_| s))
+        .enumerate()
+    {
         let depth = usize::from(args.iodepth);
         let client = Client::connect(socket, depth, depth * args.bs as usize)?;
         let size = args.size.unwrap_or(client.capacity().saturating_sub(args.offset));
         let slots = size / args.bs;
         if slots == 0 || args.offset + size > client.capacity() {
-            bail!("{} has {} bytes: the range asked for does not fit", socket.display(), client.capacity());
+            bail!(
+                "{} has {} bytes: the range asked for does not fit",
+                socket.display(),
+                client.capacity()
+            );
         }
-        let seed = args.seed.wrapping_add(number as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
+        let seed = args
+            .seed
+            .wrapping_add(number as u64)
+            .wrapping_mul(0x9e37_79b9_7f4a_7c15)
+            | 1;
         jobs.push(Job {
             args,
             client,
-            flights: (0..depth).map(|_| Flight { at: 0, direction: Direction::Read, began: Instant::now() }).collect(),
+            flights: (0..depth)
+                .map(|_| Flight {
+                    at: 0,
+                    direction: Direction::Read,
+                    began: Instant::now(),
+                })
+                .collect(),
             idle: (0..depth).rev().collect(),
-            addresses: Addresses { state: seed, next: 0, slots },
+            addresses: Addresses {
+                state: seed,
+                next: 0,
+                slots,
+            },
             offset: args.offset,
             sequence: 0,
         });
@@ -181,7 +207,11 @@ fn jobs(args: &BenchArgs) -> Result<Vec<Job<'_>>> {
         let len = job.args.bs as usize;
         for tag in 0..job.flights.len() {
             // Real memory, different in each place: no deduplicated zero pages in the measurement.
-            job.client.memory(tag * len, len).iter_mut().enumerate().for_each(|(i, byte)| *byte = (i * 31 + tag) as u8);
+            job.client
+                .memory(tag * len, len)
+                .iter_mut()
+                .enumerate()
+                .for_each(|(i, byte)| *byte = (i * 31 + tag) as u8);
         }
     }
     Ok(jobs)
@@ -224,7 +254,12 @@ impl Job<'_> {
                 if self.args.verify || self.args.fill {
                     self.sequence += 1;
                     let (seed, sequence) = (self.args.seed, self.sequence);
-                    for (i, block) in self.client.memory(tag * len, len).chunks_exact_mut(stamp::BLOCK).enumerate() {
+                    for (i, block) in self
+                        .client
+                        .memory(tag * len, len)
+                        .chunks_exact_mut(stamp::BLOCK)
+                        .enumerate()
+                    {
                         stamp::fill(block, at + (i * stamp::BLOCK) as u64, sequence, seed);
                     }
                 }
@@ -232,7 +267,11 @@ impl Job<'_> {
             }
             Direction::Trim => self.client.discard(at, len as u64, tag),
         }
-        self.flights[tag] = Flight { at, direction, began: now };
+        self.flights[tag] = Flight {
+            at,
+            direction,
+            began: now,
+        };
         true
     }
 
@@ -254,7 +293,11 @@ fn measure(args: &BenchArgs) -> Result<Report> {
     let mut jobs = jobs(args)?;
     let pid = args.server_pid.or_else(|| peer_pid(&args.sockets[0]).ok());
     let whole = args.fill || args.verify_only;
-    let ramp = if whole { Duration::ZERO } else { Duration::from_secs_f64(args.ramp) };
+    let ramp = if whole {
+        Duration::ZERO
+    } else {
+        Duration::from_secs_f64(args.ramp)
+    };
     let mut report = Report {
         elapsed: Duration::ZERO,
         read: Side::new(),
@@ -278,7 +321,9 @@ fn measure(args: &BenchArgs) -> Result<Report> {
         let mut active = false;
         for job in &mut jobs {
             if !over {
-                let due = args.rate.map_or(u64::MAX, |rate| ((now - start).as_secs_f64() * rate as f64) as u64);
+                let due = args.rate.map_or(u64::MAX, |rate| {
+                    ((now - start).as_secs_f64() * rate as f64) as u64
+                });
                 while issued < due && job.start(now) {
                     issued += 1;
                 }
@@ -322,7 +367,11 @@ fn measure(args: &BenchArgs) -> Result<Report> {
         }
     }
     let (began, before) = measuring.unwrap_or((start, None));
-    report.elapsed = if whole { began.elapsed() } else { end.saturating_duration_since(began) };
+    report.elapsed = if whole {
+        began.elapsed()
+    } else {
+        end.saturating_duration_since(began)
+    };
     report.server = before.zip(pid.and_then(usage)).map(|(before, after)| Usage {
         user: after.user - before.user,
         system: after.system - before.system,
@@ -353,5 +402,9 @@ fn usage(pid: u32) -> Option<Usage> {
             .filter_map(|line| line.split_whitespace().last()?.parse::<u64>().ok())
             .sum::<u64>();
     }
-    Some(Usage { user: ticks(11)?, system: ticks(12)?, switches })
+    Some(Usage {
+        user: ticks(11)?,
+        system: ticks(12)?,
+        switches,
+    })
 }

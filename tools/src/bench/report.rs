@@ -17,7 +17,13 @@ const STEPS: u32 = 5;
 
 impl Histogram {
     pub(crate) fn new() -> Self {
-        Histogram { buckets: vec![0; 64 << STEPS], count: 0, sum: 0, min: u64::MAX, max: 0 }
+        Histogram {
+            buckets: vec![0; 64 << STEPS],
+            count: 0,
+            sum: 0,
+            min: u64::MAX,
+            max: 0,
+        }
     }
 
     fn index(value: u64) -> usize {
@@ -52,7 +58,11 @@ impl Histogram {
     }
 
     fn mean(&self) -> f64 {
-        if self.count == 0 { 0.0 } else { self.sum as f64 / self.count as f64 }
+        if self.count == 0 {
+            0.0
+        } else {
+            self.sum as f64 / self.count as f64
+        }
     }
 
     /// The latency that `percent` of all requests stay at or below.
@@ -77,15 +87,19 @@ pub(crate) struct Side {
 
 impl Side {
     pub(crate) fn new() -> Self {
-        Side { bytes: 0, latency: Histogram::new() }
+        Side {
+            bytes: 0,
+            latency: Histogram::new(),
+        }
     }
 
     fn json(&self, seconds: f64) -> Value {
         let latency = &self.latency;
-        let percentiles: serde_json::Map<String, Value> = [1.0, 5.0, 10.0, 50.0, 90.0, 95.0, 99.0, 99.9, 99.99]
-            .iter()
-            .map(|&percent| (format!("{percent:.6}"), json!(latency.percentile(percent))))
-            .collect();
+        let percentiles: serde_json::Map<String, Value> =
+            [1.0, 5.0, 10.0, 50.0, 90.0, 95.0, 99.0, 99.9, 99.99]
+                .iter()
+                .map(|&percent| (format!("{percent:.6}"), json!(latency.percentile(percent))))
+                .collect();
         json!({
             "io_bytes": self.bytes,
             "total_ios": latency.count(),
@@ -162,7 +176,11 @@ impl Report {
 
     pub(crate) fn print(&self) {
         let seconds = self.elapsed.as_secs_f64();
-        for line in [self.read.line("read", seconds), self.write.line("write", seconds), self.trim.line("trim", seconds)] {
+        for line in [
+            self.read.line("read", seconds),
+            self.write.line("write", seconds),
+            self.trim.line("trim", seconds),
+        ] {
             if let Some(line) = line {
                 println!("{line}");
             }
@@ -189,10 +207,16 @@ mod tests {
     #[test]
     fn buckets_cover_all_values_in_order() {
         let mut last = 0;
-        for value in (0..20).flat_map(|shift| (0..64).map(move |step| (64 + step) << shift)).chain(0..64) {
+        for value in (0..20)
+            .flat_map(|shift| (0..64).map(move |step| (64 + step) << shift))
+            .chain(0..64)
+        {
             let index = Histogram::index(value);
             assert!(Histogram::top(index) >= value, "{value} above its bucket");
-            assert!(index == 0 || Histogram::top(index - 1) < value, "{value} below its bucket");
+            assert!(
+                index == 0 || Histogram::top(index - 1) < value,
+                "{value} below its bucket"
+            );
             last = last.max(index);
         }
         assert!(Histogram::index(u64::MAX) < 64 << STEPS && last > 0);
@@ -205,7 +229,10 @@ mod tests {
         for percent in [50.0, 90.0, 99.0] {
             let exact = percent * 10.0 * 1000.0;
             let got = histogram.percentile(percent) as f64;
-            assert!(got >= exact && got <= exact * 1.04, "p{percent}: {got} instead of {exact}");
+            assert!(
+                got >= exact && got <= exact * 1.04,
+                "p{percent}: {got} instead of {exact}"
+            );
         }
         assert_eq!(histogram.percentile(100.0), 1_000_000);
     }

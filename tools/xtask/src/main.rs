@@ -49,7 +49,16 @@ fn test(amount: Amount) -> Result<()> {
     step("packages", install_packages)?;
     step("format", || cargo(&["fmt", "--all", "--check"]))?;
     step("lints", || {
-        cargo(&["clippy", "--workspace", "--all-targets", "--all-features", "--quiet", "--", "--deny", "warnings"])
+        cargo(&[
+            "clippy",
+            "--workspace",
+            "--all-targets",
+            "--all-features",
+            "--quiet",
+            "--",
+            "--deny",
+            "warnings",
+        ])
     })?;
     step("licences and sources", dependencies)?;
     step("documentation", || {
@@ -57,7 +66,9 @@ fn test(amount: Amount) -> Result<()> {
             .args(["doc", "--workspace", "--no-deps", "--quiet"])
             .env("RUSTDOCFLAGS", "--deny warnings"))
     })?;
-    step("program", || cargo(&["build", "--release", "--quiet", "--package", "unibody-tools"]))?;
+    step("program", || {
+        cargo(&["build", "--release", "--quiet", "--package", "unibody-tools"])
+    })?;
     step("tests", || tests(amount))
 }
 
@@ -71,7 +82,9 @@ fn step(name: &str, body: impl FnOnce() -> Result<()>) -> Result<()> {
 }
 
 fn run(command: &mut Command) -> Result<()> {
-    let status = command.status().with_context(|| format!("{command:?} can not be started"))?;
+    let status = command
+        .status()
+        .with_context(|| format!("{command:?} can not be started"))?;
     if !status.success() {
         bail!("{command:?}: {status}");
     }
@@ -83,17 +96,26 @@ fn cargo(arguments: &[&str]) -> Result<()> {
 }
 
 fn works(program: &str, argument: &str) -> bool {
-    Command::new(program).arg(argument).output().is_ok_and(|output| output.status.success())
+    Command::new(program)
+        .arg(argument)
+        .output()
+        .is_ok_and(|output| output.status.success())
 }
 
 fn install_packages() -> Result<()> {
-    let missing: Vec<&str> =
-        PACKAGES.iter().filter(|(_, file)| !std::path::Path::new(file).exists()).map(|&(name, _)| name).collect();
+    let missing: Vec<&str> = PACKAGES
+        .iter()
+        .filter(|(_, file)| !std::path::Path::new(file).exists())
+        .map(|&(name, _)| name)
+        .collect();
     if missing.is_empty() {
         return Ok(());
     }
     if !works("apt-get", "--version") || !rustix::process::geteuid().is_root() {
-        bail!("these Debian packages are needed: {}; install them, or run this as root", missing.join(" "));
+        bail!(
+            "these Debian packages are needed: {}; install them, or run this as root",
+            missing.join(" ")
+        );
     }
     run(Command::new("apt-get").args(["update", "-qq"]))?;
     run(Command::new("apt-get")
@@ -107,7 +129,15 @@ fn dependencies() -> Result<()> {
     if !works("cargo-deny", "--version") {
         cargo(&["install", "--locked", "--quiet", "cargo-deny"])?;
     }
-    cargo(&["deny", "--log-level", "error", "check", "bans", "licenses", "sources"])
+    cargo(&[
+        "deny",
+        "--log-level",
+        "error",
+        "check",
+        "bans",
+        "licenses",
+        "sources",
+    ])
 }
 
 fn tests(amount: Amount) -> Result<()> {
@@ -115,10 +145,18 @@ fn tests(amount: Amount) -> Result<()> {
         cargo(&["install", "--locked", "--quiet", "cargo-nextest"])?;
     }
     let mut command = Command::new("cargo");
-    command.args(["nextest", "run", "--workspace", "--all-features", "--no-fail-fast"]);
+    command.args([
+        "nextest",
+        "run",
+        "--workspace",
+        "--all-features",
+        "--no-fail-fast",
+    ]);
     match amount {
         Amount::Quick => {
-            command.env("UNIBODY_SEEDS", "100").args(["-E", "not (binary(/^guest/) | test(/planted/))"]);
+            command
+                .env("UNIBODY_SEEDS", "100")
+                .args(["-E", "not (binary(/^guest/) | test(/planted/))"]);
         }
         Amount::Normal => {}
         Amount::Soak => {
