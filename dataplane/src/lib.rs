@@ -11,10 +11,8 @@ pub mod frontend;
 pub mod geometry;
 pub mod ids;
 pub mod memory;
-<<<<<<< HEAD
 pub mod reactor;
-=======
 pub mod mirror;
 pub mod planted;
->>>>>>> mirror
 pub mod replica;
+pub mod store;
