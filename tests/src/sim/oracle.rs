@@ -17,10 +17,7 @@ const LOAD_MS: u64 = 900_000;
 
 impl World {
     /// The whole run.
-    ///
-    /// # Errors
-    /// What was violated.
-    pub fn run(&mut self) -> Checked {
+    pub(super) fn run(&mut self) -> Checked {
         self.after(0, Event::Start { owner: 0 });
         self.after(1_000, Event::Tick);
         self.after(10_000, Event::Fault);

@@ -344,7 +344,8 @@ impl World {
         if restart {
             self.leave()?;
         }
-        if kill || power {
+        // Mostly where there is something to lose; sometimes in the middle of an attachment.
+        if (kill || power) && (self.attached || self.random.one_in(8)) {
             self.count(if power { "power lost" } else { "killed" });
             self.crash(power, false)?;
         }

@@ -101,9 +101,9 @@ impl Profile {
         };
         let calm = damage == Damage::Within;
         let mut rate = |common: u64, of: u64| if r.below(of) == 0 { common } else { 0 };
-        let (kill, power, restart) = (rate(400, 2), rate(600, 3), rate(1500, 4));
-        let (disk_loss, disconnect, replace) = (rate(500, 3), rate(600, 4), rate(1500, 4));
-        let (stuck, io_error, flush_error) = (rate(1500, 6), rate(600, 4), rate(60, 6));
+        let (kill, power, restart) = (rate(800, 2), rate(1500, 3), rate(2500, 4));
+        let (disk_loss, disconnect, replace) = (rate(1500, 3), rate(1500, 4), rate(3000, 4));
+        let (stuck, io_error, flush_error) = (rate(4000, 6), rate(2000, 4), rate(100, 6));
         let (device_full, slow, open_crash) = (rate(1500, 8), rate(200, 3), rate(3, 3));
         let full = r.one_in(8);
         Profile {

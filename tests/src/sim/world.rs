@@ -26,7 +26,7 @@ use crate::checker::Checker;
 pub(super) const NAME: &str = "v";
 
 /// Nothing, or what was violated.
-pub type Checked = Result<(), String>;
+pub(super) type Checked = Result<(), String>;
 
 /// What a run did and reached.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -109,8 +109,9 @@ pub struct World {
     /// Counts what the checker must tell apart.
     pub(super) clock: u64,
     serial: u64,
-    heap: BinaryHeap<Reverse<(u64, u64)>>,
-    events: BTreeMap<(u64, u64), Event>,
+    heap: BinaryHeap<Reverse<(u64, u64, usize)>>,
+    events: Vec<Option<Event>>,
+    spare: Vec<usize>,
     hasher: blake3::Hasher,
     pub(super) trace: bool,
     pub(super) control: State,
@@ -177,7 +178,8 @@ impl World {
             clock: 1,
             serial: 0,
             heap: BinaryHeap::new(),
-            events: BTreeMap::new(),
+            events: Vec::new(),
+            spare: Vec::new(),
             hasher: blake3::Hasher::new(),
             trace,
             control,
@@ -254,8 +256,12 @@ impl World {
 
     pub(super) fn at(&mut self, time: u64, event: Event) {
         self.serial += 1;
-        self.heap.push(Reverse((time, self.serial)));
-        self.events.insert((time, self.serial), event);
+        let place = self.spare.pop().unwrap_or_else(|| {
+            self.events.push(None);
+            self.events.len() - 1
+        });
+        self.events[place] = Some(event);
+        self.heap.push(Reverse((time, self.serial, place)));
     }
 
     pub(super) fn after(&mut self, delay: u64, event: Event) {
@@ -273,9 +279,10 @@ impl World {
 
     /// Runs the first event.
     pub(super) fn step(&mut self) -> Checked {
-        let Reverse(key) = self.heap.pop().ok_or("nothing is left to happen")?;
-        let event = self.events.remove(&key).expect("events are in both");
-        self.now = key.0;
+        let Reverse((time, _, place)) = self.heap.pop().ok_or("nothing is left to happen")?;
+        let event = self.events[place].take().expect("an event happens once");
+        self.spare.push(place);
+        self.now = time;
         self.stats.events += 1;
         self.handle(event)
     }
@@ -295,8 +302,8 @@ impl World {
             }
             Event::Batch { node, boot } => {
                 if self.nodes[node].boot == boot {
-                    self.nodes[node].batched = false;
                     self.store(node, |store, out| store.flush_batch(out))?;
+                    self.nodes[node].batched = false;
                 }
                 Ok(())
             }
