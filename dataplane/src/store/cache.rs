@@ -6,7 +6,7 @@
 use super::ops::List;
 
 /// Fewest frames.
-pub(super) const FRAMES_MIN: usize = 32;
+pub(super) const FRAMES_MIN: usize = 8;
 /// No frame.
 pub(super) const NO_FRAME: u32 = u32::MAX;
 

@@ -6,7 +6,7 @@
 //! Requests go on meanwhile: what they change after the copy stays dirty for the next checkpoint, and lies behind the
 //! new tail. Tables may be ahead of the tail, since replay writes whole new states in order.
 
-use super::codec::{CHUNK_ENTRY, CheckpointHeader, ChunkState, VOLUME_ENTRY};
+use super::codec::{CHUNK_ENTRY, CheckpointHeader, ChunkState, NO_WINDOW, VOLUME_ENTRY, WINDOWS};
 use super::layout::{CHUNKS_PER_BLOCK, VOLUMES_PER_BLOCK};
 use super::{Effect, Failure, Kind, Store, token};
 use crate::disk::{Completion, Io};
@@ -54,6 +54,8 @@ pub(super) struct Checkpoint {
     sequence: u64,
     tail: u64,
     tail_hash: [u8; 32],
+    /// The windows as they were at the tail.
+    windows: [u32; WINDOWS],
     /// Dirty frames at the start, in the order of their pages, and how many of them are done.
     frames: Vec<u32>,
     done: usize,
@@ -77,6 +79,7 @@ impl Checkpoint {
             sequence,
             tail: 0,
             tail_hash: [0; 32],
+            windows: [NO_WINDOW; WINDOWS],
             frames: Vec::with_capacity(frames),
             done: 0,
             round: Vec::with_capacity(ROUND),
@@ -116,6 +119,7 @@ impl Store {
         }
         let cp = &mut self.checkpoint;
         (cp.tail, cp.tail_hash) = self.journal.position();
+        cp.windows = self.windows.all;
         cp.frames.clear();
         cp.done = 0;
         if !planted::on(Bug::FreeJournalEarly) {
@@ -326,6 +330,7 @@ impl Store {
             chunks: cp.chunks,
             clean: cp.last,
             tables: *cp.hasher.finalize().as_bytes(),
+            windows: cp.windows,
         };
         let page = cp.first_page + ROUND + TABLE_BLOCKS;
         header.encode(&self.seed, cp.area as u32, self.arena.bytes_mut(page, 1));
@@ -375,6 +380,8 @@ impl Store {
             chunk.entry.dirty = 0;
             chunk.marked = 0;
         }
+        // Free slots are durably zero then, too.
+        self.windows = super::window::Windows::new();
         self.checkpoint.last = true;
         self.begin_checkpoint(out);
         self.send_flush(out);

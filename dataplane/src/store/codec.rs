@@ -23,6 +23,11 @@ pub const JOURNAL_HEADER: usize = 128;
 /// Bytes of the longest journal entry.
 pub const ENTRY_MAX: usize = ENTRY_HEADER + RECORD;
 
+/// Windows at a time.
+pub const WINDOWS: usize = 4;
+/// No window.
+pub const NO_WINDOW: u32 = u32::MAX;
+
 const ENTRY_HEADER: usize = 16;
 pub(super) const SUPER_MAGIC: u64 = u64::from_le_bytes(*b"UniBodyD");
 const HEADER_MAGIC: u64 = u64::from_le_bytes(*b"UniBodyC");
@@ -197,6 +202,8 @@ pub struct CheckpointHeader {
     pub clean: bool,
     /// Hash of the written table blocks.
     pub tables: [u8; 32],
+    /// Windows that slots were taken from, see `window.rs`.
+    pub windows: [u32; WINDOWS],
 }
 
 impl CheckpointHeader {
@@ -215,6 +222,9 @@ impl CheckpointHeader {
         put(b, 100, &self.chunks.to_le_bytes());
         put(b, 104, &u32::from(self.clean).to_le_bytes());
         put(b, 112, &self.tables);
+        for (n, window) in self.windows.iter().enumerate() {
+            put(b, 144 + 4 * n, &window.to_le_bytes());
+        }
         let hash = seed.hash(&b[..BLOCK], BLOCK - 32);
         put(b, BLOCK - 32, &hash);
     }
@@ -235,6 +245,7 @@ impl CheckpointHeader {
             chunks: get_u32(b, 100),
             clean: get_u32(b, 104) != 0,
             tables: get_hash(b, 112),
+            windows: std::array::from_fn(|n| get_u32(b, 144 + 4 * n)),
         })
     }
 }
@@ -521,6 +532,13 @@ pub enum Entry<'a> {
         /// Its new state.
         entry: VolumeEntry,
     },
+    /// Slots of this window may be taken from now on.
+    Window {
+        /// Which of the windows it replaces.
+        index: u32,
+        /// The window.
+        window: u32,
+    },
 }
 
 impl Entry<'_> {
@@ -532,6 +550,7 @@ impl Entry<'_> {
                 Entry::Record { .. } => RECORD,
                 Entry::Chunk { .. } => CHUNK_ENTRY,
                 Entry::Volume { .. } => VOLUME_ENTRY,
+                Entry::Window { .. } => 0,
             }
     }
 
@@ -544,6 +563,7 @@ impl Entry<'_> {
             } => (1u32, slot, chunk, extents),
             Entry::Chunk { index, .. } => (2, index, 0, 0),
             Entry::Volume { index, .. } => (3, index, 0, 0),
+            Entry::Window { index, window } => (4, index, window, 0),
         };
         put(b, 0, &kind.to_le_bytes());
         put(b, 4, &index.to_le_bytes());
@@ -554,6 +574,7 @@ impl Entry<'_> {
             Entry::Record { bytes, .. } => body[..RECORD].copy_from_slice(&bytes[..]),
             Entry::Chunk { entry, .. } => entry.encode(body),
             Entry::Volume { entry, .. } => entry.encode(body),
+            Entry::Window { .. } => {}
         }
     }
 }
@@ -567,7 +588,7 @@ pub struct BlockHeader {
     pub count: u32,
     /// Place in the chain; the block lies at `sequence % ring`.
     pub sequence: u64,
-    /// All blocks up to here were known flushed when this one was written.
+    /// All blocks before this one were known flushed when this block was written.
     pub flushed: u64,
     /// Boot that wrote it.
     pub boot: u128,
@@ -649,6 +670,7 @@ impl BlockHeader {
                     VolumeEntry::decode(body).map(|entry| Entry::Volume { index, entry }),
                     VOLUME_ENTRY,
                 ),
+                4 => (Some(Entry::Window { index, window: chunk }), 0),
                 _ => return false,
             };
             let Some(entry) = entry else { return false };

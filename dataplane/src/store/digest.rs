@@ -2,11 +2,10 @@
 //!
 //! Not ordered with other operations: the owner holds its range lock where it needs a stable picture.
 
-use super::codec::Record;
 use super::ops::Step;
 use super::tables::{ABSENT, EMPTY};
 use super::write::runs;
-use super::{Effect, Kind, Store, token};
+use super::{Effect, Failure, Kind, Store, token};
 use crate::disk::{Completion, Io};
 use crate::ids::{BLOCK, EXTENTS_PER_REGION};
 use crate::replica::{ExtentDigest, Reply, Request, Status};
@@ -52,9 +51,10 @@ impl Store {
                 let Some(frame) = self.find_page(i, slot, out) else {
                     return;
                 };
-                if let Record::Extent(record) = self.record(frame, slot) {
-                    digest.image = record.image;
-                }
+                let Some(record) = self.extent_record(frame, slot, &chunk, extent) else {
+                    return self.fail(Failure::MetadataRead, out);
+                };
+                digest.image = record.image;
             }
             if self.unknown(place, extent) {
                 digest.bad = !digest.image.valid & !digest.image.lost;

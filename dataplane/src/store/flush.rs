@@ -114,10 +114,13 @@ impl Store {
         self.flusher.covered = List::EMPTY;
         while let Some(i) = self.ops.pop(&mut covered) {
             match self.ops[i].step {
-                // Its region's dirty mark is durable. No clean mark came between: the operation counts as a writer.
+                // A window to take a slot from, or a dirty mark: then it counts as a writer, so that no clean mark
+                // can have come between.
                 Step::Begin => {
-                    let region = usize::from(self.ops[i].extent) / crate::ids::EXTENTS_PER_REGION;
-                    self.tables.chunks[self.ops[i].place as usize].marked |= 1 << region;
+                    if self.ops[i].writing {
+                        let region = usize::from(self.ops[i].extent) / crate::ids::EXTENTS_PER_REGION;
+                        self.tables.chunks[self.ops[i].place as usize].marked |= 1 << region;
+                    }
                     self.ops.push(&mut self.ready, i);
                 }
                 Step::ZeroFlush => {

@@ -2,7 +2,7 @@
 //!
 //! Order: what vouched for an old content goes first, what vouches for the new goes last, with a flush between.
 
-use super::codec::{CheckpointHeader, Seed, SuperError, Superblock};
+use super::codec::{CheckpointHeader, NO_WINDOW, Seed, SuperError, Superblock, WINDOWS};
 use super::layout::{DISK_MIN, Layout};
 use crate::disk::{BlockIo, IoError};
 use crate::ids::{BLOCK, DiskUuid};
@@ -90,6 +90,7 @@ impl super::Store {
             chunks: 0,
             clean: true,
             tables: *seed.table_hasher().finalize().as_bytes(),
+            windows: [NO_WINDOW; WINDOWS],
         };
         let mut bytes = [0; BLOCK];
         header.encode(&seed, 0, &mut bytes);

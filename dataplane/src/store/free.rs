@@ -8,7 +8,7 @@
 use super::codec::{ChunkState, ENTRY_MAX, Record};
 use super::ops::Step;
 use super::tables::{ABSENT, EMPTY};
-use super::{Effect, Store};
+use super::{Effect, Failure, Store};
 use crate::ids::Version;
 use crate::planted::{self, Bug};
 use crate::replica::{Reply, Request};
@@ -39,6 +39,7 @@ impl Store {
             return;
         };
         let stable = self.stable_of(place);
+        let meant = self.tables.chunks[place as usize].entry.chunk;
         match self.record(frame, slot) {
             Record::Free => {
                 // Taken for a write that was never carried out: nothing was written.
@@ -49,6 +50,9 @@ impl Store {
                 map[usize::from(extent)] = ABSENT;
                 self.slots.give(slot);
                 self.end_freeing(i, out);
+            }
+            Record::Extent(r) if r.chunk != meant || r.extent != extent => {
+                self.fail(Failure::MetadataRead, out);
             }
             Record::Extent(r) if state == ChunkState::Live && r.image.version > stable => {
                 self.end_freeing(i, out);

@@ -1,9 +1,9 @@
 //! Making an extent exactly what the owner says: resync, repair, adoption.
 
-use super::codec::{ENTRY_MAX, Record};
+use super::codec::Record;
 use super::ops::Step;
 use super::write::{Found, runs};
-use super::{Effect, Store};
+use super::{Effect, Failure, Store};
 use crate::ids::BLOCK;
 use crate::replica::{Request, Status};
 
@@ -26,11 +26,13 @@ impl Store {
         let Found::Here((slot, frame)) = self.prepare_change(i, &chunk, extent, !remove, out) else {
             return;
         };
+        let Some(mut record) = self.extent_record(frame, slot, &chunk, extent) else {
+            return self.fail(Failure::MetadataRead, out);
+        };
         if remove {
             self.ops[i].slot = slot;
             return self.begin_zeroing(i, out);
         }
-        let mut record = self.extent_record(frame, slot, &chunk, extent);
         let kept = image.valid & !write;
         let mut agree = kept & !record.image.valid == 0;
         runs(kept, |first, count| {
@@ -50,7 +52,6 @@ impl Store {
             }
         }
         self.counters.installs += 1;
-        debug_assert!(ENTRY_MAX < BLOCK);
         let need = self.change_record(i, frame, slot, Record::Extent(record));
         self.wait_journal(i, need);
         runs(write, |first, count| {

@@ -44,6 +44,8 @@ pub(super) struct Loaded {
     pub(super) volumes: Vec<VolumeEntry>,
     /// Records that the journal changed.
     pub(super) overlay: BTreeMap<u32, [u8; RECORD]>,
+    /// Windows that slots may have been taken from.
+    pub(super) windows: Vec<u32>,
     /// Blocks replayed.
     pub(super) replayed: u64,
     /// Higher than any block that was ever written.
@@ -58,9 +60,9 @@ pub(super) fn load(io: &mut dyn BlockIo, findings: &mut Vec<Finding>) -> Result<
     let seed = Seed::new(layout.superblock.uuid);
     let mut headers = [None; 2];
     let mut block = vec![0; BLOCK];
-    for area in 0..2 {
+    for (area, header) in headers.iter_mut().enumerate() {
         match io.read(layout.checkpoints[area], &mut block) {
-            Ok(()) => headers[area] = CheckpointHeader::decode(&seed, area as u32, &block),
+            Ok(()) => *header = CheckpointHeader::decode(&seed, area as u32, &block),
             Err(IoError::Media) => findings.push(Finding::CheckpointHeader { area }),
             Err(e) => return Err(e.into()),
         }
@@ -84,6 +86,7 @@ pub(super) fn load(io: &mut dyn BlockIo, findings: &mut Vec<Finding>) -> Result<
             chunks,
             volumes,
             overlay: BTreeMap::new(),
+            windows: header.windows.to_vec(),
             replayed: 0,
             next_sequence: header.tail + 1,
             rot,
@@ -213,6 +216,7 @@ fn replay(io: &mut dyn BlockIo, loaded: &mut Loaded, findings: &mut Vec<Finding>
         }
         let mut fits = true;
         let (chunks, volumes, overlay) = (&mut loaded.chunks, &mut loaded.volumes, &mut loaded.overlay);
+        let windows = &mut loaded.windows;
         let slots = loaded.layout.superblock.slots;
         let read = head.entries(&block, |entry| match entry {
             Entry::Record {
@@ -235,6 +239,7 @@ fn replay(io: &mut dyn BlockIo, loaded: &mut Loaded, findings: &mut Vec<Finding>
                 Some(place) => *place = entry,
                 None => fits = false,
             },
+            Entry::Window { window, .. } => windows.push(window),
         });
         if !read || !fits {
             nonsense = true;

@@ -36,6 +36,15 @@ mod read;
 mod slots;
 mod stats;
 mod tables;
+#[cfg(test)]
+mod tests;
+#[cfg(test)]
+mod tests_crash;
+#[cfg(test)]
+mod tests_disk;
+#[cfg(test)]
+mod tests_golden;
+mod window;
 mod write;
 
 use std::collections::VecDeque;
@@ -60,6 +69,7 @@ use ops::{List, Ops, Step};
 use slots::Slots;
 use stats::Counters;
 use tables::Tables;
+use window::Windows;
 
 /// Requests that wait for an operation to become free. Whoever submits keeps fewer than this many unanswered; beyond,
 /// requests are refused as [`Status::Invalid`].
@@ -119,6 +129,7 @@ pub struct Store {
     arena: Arena,
     tables: Tables,
     slots: Slots,
+    windows: Windows,
     quarantined: u64,
     cache: Cache,
     journal: Journal,
@@ -317,20 +328,19 @@ impl Store {
     /// Begins an operation, or goes on with it after what it waited for.
     #[inline]
     fn advance(&mut self, i: u32, out: &mut Vec<Effect>) {
-        let Some(request) = self.ops[i].request else {
-            return self.advance_free(i, out);
-        };
-        match request {
-            Request::Write { .. } => self.begin_write(i, out),
-            Request::Read { .. } => self.begin_read(i, out),
-            Request::Zero { .. } => self.begin_zero(i, out),
-            Request::Flush => self.begin_flush(i),
-            Request::Digest { .. } => self.go_on_digest(i, out),
-            Request::Install { .. } => self.begin_install(i, out),
-            Request::Settle { .. } => self.begin_settle(i, out),
-            Request::Seal => self.begin_seal(i, out),
-            Request::CreateChunk(_) => self.begin_create(i, out),
-            Request::DropChunk(_) => self.begin_drop(i, out),
+        // Matched in place: a request is large, and each step takes what it needs of it.
+        match self.ops[i].request {
+            None => self.advance_free(i, out),
+            Some(Request::Write { .. }) => self.begin_write(i, out),
+            Some(Request::Read { .. }) => self.begin_read(i, out),
+            Some(Request::Zero { .. }) => self.begin_zero(i, out),
+            Some(Request::Flush) => self.begin_flush(i),
+            Some(Request::Digest { .. }) => self.go_on_digest(i, out),
+            Some(Request::Install { .. }) => self.begin_install(i, out),
+            Some(Request::Settle { .. }) => self.begin_settle(i, out),
+            Some(Request::Seal) => self.begin_seal(i, out),
+            Some(Request::CreateChunk(_)) => self.begin_create(i, out),
+            Some(Request::DropChunk(_)) => self.begin_drop(i, out),
         }
     }
 

@@ -10,19 +10,21 @@ use super::background::CLEANING_MAX;
 use super::cache::{Cache, FRAMES_MIN};
 use super::checkpoint::{self, Checkpoint};
 use super::codec::{
-    CHUNK_ENTRY, CheckpointHeader, ChunkState, RECORD, RECORDS_PER_PAGE, Record, VOLUME_ENTRY,
+    CHUNK_ENTRY, CheckpointHeader, ChunkState, NO_WINDOW, RECORD, RECORDS_PER_PAGE, Record, VOLUME_ENTRY,
+    WINDOWS,
 };
 use super::flush::Flusher;
 use super::journal::{self, Journal};
 use super::layout::{CHUNKS_PER_BLOCK, VOLUMES_PER_BLOCK};
 use super::load::{LoadError, Loaded, load};
 use super::ops::{List, Ops};
-use super::slots::Slots;
+use super::slots::{Slots, WINDOW};
 use super::stats::Counters;
 use super::tables::{ABSENT, EMPTY, Tables};
+use super::window::Windows;
 use super::{DOOR_MAX, Store};
 use crate::disk::{BlockIo, IoError};
-use crate::ids::{BLOCK, BootId, PowerId, Version};
+use crate::ids::{BLOCK, BootId, EXTENT, PowerId, Version};
 use crate::memory::Arena;
 
 /// How to open.
@@ -32,7 +34,7 @@ pub struct OpenOptions {
     pub boot: BootId,
     /// The host's present span of power.
     pub power: PowerId,
-    /// Memory for record pages, at least 128 KiB; 4 KiB of it covers 2 MiB of data.
+    /// Memory for record pages, at least 32 KiB; 4 KiB of it covers 2 MiB of data.
     pub cache_bytes: usize,
 }
 
@@ -147,6 +149,7 @@ impl Store {
         }
         let mut scanned = scan(io, &mut loaded, &mut findings)?;
         read_back(io, &loaded)?;
+        zero_windows(io, &mut loaded, &scanned.slots)?;
         let damaged = loaded.rot || !scanned.damaged.is_empty();
         let mut report = OpenReport {
             clean: loaded.header.clean,
@@ -204,6 +207,7 @@ impl Store {
                 chunks,
                 clean: false,
                 tables,
+                windows: [NO_WINDOW; WINDOWS],
             }
         })?;
         quarantine(io, &loaded, &scanned.damaged)?;
@@ -228,6 +232,7 @@ impl Store {
             arena,
             tables: scanned.tables,
             slots: scanned.slots,
+            windows: Windows::new(),
             quarantined: scanned.quarantined,
             ops: Ops::new(),
             ready: List::EMPTY,
@@ -327,6 +332,34 @@ fn scan(
     scanned.quarantined += scanned.damaged.len() as u64;
     io.flush()?;
     Ok(scanned)
+}
+
+/// Zeroes the free slots of the windows: a write whose record was lost may have reached them. Durable with the commit.
+fn zero_windows(io: &mut dyn BlockIo, loaded: &mut Loaded, slots: &Slots) -> Result<(), IoError> {
+    loaded.windows.sort_unstable();
+    loaded.windows.dedup();
+    for &window in &loaded.windows {
+        if window >= slots.windows() {
+            continue;
+        }
+        let first = window * WINDOW;
+        let end = (u64::from(first) + u64::from(WINDOW)).min(loaded.layout.superblock.slots) as u32;
+        let mut slot = first;
+        while slot < end {
+            let mut next = slot;
+            while next < end && slots.is_free(next) {
+                next += 1;
+            }
+            if next > slot {
+                io.write_zeroes(
+                    loaded.layout.block_at(slot, 0),
+                    u64::from(next - slot) * EXTENT as u64,
+                )?;
+            }
+            slot = next + 1;
+        }
+    }
+    Ok(())
 }
 
 /// Compares the pages that were brought home with what they should be.

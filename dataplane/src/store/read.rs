@@ -1,10 +1,9 @@
 //! Reading blocks: the record names what is there, the device's bytes are checked against it.
 
-use super::codec::Record;
 use super::ops::Step;
 use super::tables::{ABSENT, EMPTY};
 use super::write::runs;
-use super::{Effect, Kind, Store, token};
+use super::{Effect, Failure, Kind, Store, token};
 use crate::disk::{Completion, Io};
 use crate::ids::BLOCK;
 use crate::planted::{self, Bug};
@@ -32,14 +31,11 @@ impl Store {
             let Some(frame) = self.find_page(i, slot, out) else {
                 return;
             };
-            if let Record::Extent(record) = self.record(frame, slot) {
-                assert!(
-                    record.chunk == span.chunk && record.extent == span.extent,
-                    "slot {slot} is another's"
-                );
-                (valid, lost) = (record.image.valid, record.image.lost);
-                self.ops[i].expected = record.image.crcs;
-            }
+            let Some(record) = self.extent_record(frame, slot, &span.chunk, span.extent) else {
+                return self.fail(Failure::MetadataRead, out);
+            };
+            (valid, lost) = (record.image.valid, record.image.lost);
+            self.ops[i].expected = record.image.crcs;
         }
         self.counters.reads += 1;
         let mask = span.mask();

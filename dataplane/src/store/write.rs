@@ -8,7 +8,8 @@ use super::cache::Held;
 use super::codec::{ENTRY_MAX, Entry, ExtentRecord, RECORD, RECORDS_PER_PAGE, Record};
 use super::ops::Step;
 use super::tables::{ABSENT, EMPTY};
-use super::{Effect, Kind, Store, token};
+use super::window::Taken;
+use super::{Effect, Failure, Kind, Store, token};
 use crate::disk::Io;
 use crate::ids::{BLOCK, EXTENTS_PER_REGION};
 use crate::planted::{self, Bug};
@@ -38,15 +39,16 @@ impl Store {
             return;
         };
         let mask = span.mask();
-        let mut record = self.extent_record(frame, slot, &span.chunk, span.extent);
+        let Some(mut record) = self.extent_record(frame, slot, &span.chunk, span.extent) else {
+            return self.fail(Failure::MetadataRead, out);
+        };
         let image = &mut record.image;
         image.version = image.version.max(version);
         image.valid |= mask;
         image.zero &= !mask;
         image.lost &= !mask;
-        for b in usize::from(span.first)..usize::from(span.first + span.count) {
-            image.crcs[b] = crcs[b];
-        }
+        let blocks = usize::from(span.first)..usize::from(span.first + span.count);
+        image.crcs[blocks.clone()].copy_from_slice(&crcs[blocks]);
         self.counters.writes += 1;
         let need = self.change_record(i, frame, slot, Record::Extent(record));
         self.wait_journal(i, need);
@@ -66,15 +68,15 @@ impl Store {
             return;
         };
         let mask = span.mask();
-        let mut record = self.extent_record(frame, slot, &span.chunk, span.extent);
+        let Some(mut record) = self.extent_record(frame, slot, &span.chunk, span.extent) else {
+            return self.fail(Failure::MetadataRead, out);
+        };
         let image = &mut record.image;
         image.version = image.version.max(version);
         image.valid &= !mask;
         image.lost &= !mask;
         image.zero |= mask;
-        for b in usize::from(span.first)..usize::from(span.first + span.count) {
-            image.crcs[b] = 0;
-        }
+        image.crcs[usize::from(span.first)..usize::from(span.first + span.count)].fill(0);
         self.counters.zeroes += 1;
         let need = self.change_record(i, frame, slot, Record::Extent(record));
         self.wait_journal(i, need);
@@ -98,7 +100,7 @@ impl Store {
         }
         let map = self.tables.chunks[place as usize]
             .map
-            .as_mut()
+            .as_ref()
             .expect("a live chunk has a map");
         let mut slot = map[usize::from(extent)];
         if slot == ABSENT {
@@ -106,12 +108,26 @@ impl Store {
                 self.end(i, crate::replica::Reply::Done, out);
                 return Found::Later;
             }
-            let Some(taken) = self.slots.take() else {
-                self.refuse(i, Status::NoSpace, out);
-                return Found::Later;
+            slot = match self.take_slot(out) {
+                Taken::Slot(slot) => slot,
+                Taken::Full => {
+                    self.refuse(i, Status::NoSpace, out);
+                    return Found::Later;
+                }
+                Taken::Wait(need) => {
+                    self.wait_flush(i, need, Step::Begin);
+                    return Found::Later;
+                }
+                Taken::NoRoom => {
+                    self.ops.push(&mut self.journal_wait, i);
+                    return Found::Later;
+                }
             };
-            map[usize::from(extent)] = taken;
-            slot = taken;
+            let map = self.tables.chunks[place as usize]
+                .map
+                .as_mut()
+                .expect("a live chunk has a map");
+            map[usize::from(extent)] = slot;
         }
         slot &= !EMPTY;
         let state = &mut self.tables.chunks[place as usize];
@@ -131,6 +147,16 @@ impl Store {
         if !self.make_room(ENTRY_MAX, out) {
             self.ops.push(&mut self.journal_wait, i);
             return Found::Later;
+        }
+        if !self.windows.counts(slot) && self.record(frame, slot) == Record::Free {
+            // Its window was replaced while the operation waited; nothing was written to it.
+            let map = self.tables.chunks[place as usize]
+                .map
+                .as_mut()
+                .expect("a live chunk has a map");
+            map[usize::from(extent)] = ABSENT;
+            self.slots.give(slot);
+            return self.prepare_change(i, chunk, extent, create, out);
         }
         Found::Here((slot, frame))
     }
@@ -192,23 +218,24 @@ impl Store {
         Record::decode_trusted(bytes).expect("pages are checked when they are loaded")
     }
 
-    /// The record of an extent that has this slot, or an empty one.
+    /// The record of an extent that has this slot, or an empty one. `None`: the page is not what was written.
     #[inline]
-    pub(super) fn extent_record(&self, frame: u32, slot: u32, chunk: &ChunkRef, extent: u16) -> ExtentRecord {
+    pub(super) fn extent_record(
+        &self,
+        frame: u32,
+        slot: u32,
+        chunk: &ChunkRef,
+        extent: u16,
+    ) -> Option<ExtentRecord> {
         match self.record(frame, slot) {
-            Record::Free => ExtentRecord {
+            Record::Free => Some(ExtentRecord {
                 chunk: *chunk,
                 extent,
                 image: ExtentImage::default(),
-            },
-            Record::Extent(record) => {
-                assert!(
-                    record.chunk == *chunk && record.extent == extent,
-                    "slot {slot} is another extent's"
-                );
-                record
-            }
-            Record::Quarantined => unreachable!("no extent has a quarantined slot"),
+            }),
+            // Another extent's: the device lost a write of this page, or returned an old one.
+            Record::Extent(record) => (record.chunk == *chunk && record.extent == extent).then_some(record),
+            Record::Quarantined => None,
         }
     }
 
@@ -217,7 +244,7 @@ impl Store {
     pub(super) fn change_record(&mut self, i: u32, frame: u32, slot: u32, record: Record) -> u64 {
         let (place, extent) = (self.ops[i].place, usize::from(self.ops[i].extent));
         let at = slot as usize % RECORDS_PER_PAGE * RECORD;
-        let before = self.record(frame, slot);
+        let was_free = super::codec::get_u16(self.arena.bytes(frame as usize, 1), at) == 0;
         let mut bytes = [0; RECORD];
         record.encode(&self.seed, slot, &mut bytes);
         self.arena.bytes_mut(frame as usize, 1)[at..at + RECORD].copy_from_slice(&bytes);
@@ -229,7 +256,7 @@ impl Store {
             Record::Extent(r) => r.image.valid | r.image.lost == 0,
             Record::Free | Record::Quarantined => false,
         };
-        chunk.entry.extents += u32::from(before == Record::Free);
+        chunk.entry.extents += u32::from(was_free);
         chunk.empties += u32::from(empty);
         chunk.empties -= u32::from(was_empty);
         if record == Record::Free {
