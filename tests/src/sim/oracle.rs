@@ -148,7 +148,8 @@ impl World {
                 let images: Vec<_> = extents
                     .iter()
                     .map(|extent| match extent.image {
-                        image if image.valid | image.lost != 0 => image,
+                        // Absent and zero read alike where there is one layer: a slot may have been freed in between.
+                        image if image.valid | image.lost != 0 => ExtentImage { zero: 0, ..image },
                         _ => ExtentImage::default(),
                     })
                     .collect();

@@ -9,7 +9,8 @@ pub enum Damage {
     None,
     /// On one disk only, and nothing else takes replicas away: each block keeps a good copy, every read must succeed.
     Within,
-    /// In the data of any disk: reads may fail, but never return wrong bytes.
+    /// In the data of any disk, without crashes (after one, rot in a block that was being written can not be told from a
+    /// torn write): reads may fail, but never return wrong bytes.
     Beyond,
 }
 
@@ -99,13 +100,13 @@ impl Profile {
             1 => Damage::Beyond,
             _ => Damage::None,
         };
-        let calm = damage == Damage::Within;
+        let calm = damage != Damage::None;
         let mut rate = |common: u64, of: u64| if r.below(of) == 0 { common } else { 0 };
         let (kill, power, restart) = (rate(800, 2), rate(1500, 3), rate(2500, 4));
         let (disk_loss, disconnect, replace) = (rate(1500, 3), rate(1500, 4), rate(3000, 4));
         let (stuck, io_error, flush_error) = (rate(4000, 6), rate(2000, 4), rate(100, 6));
         let (device_full, slow, open_crash) = (rate(1500, 8), rate(200, 3), rate(3, 3));
-        let full = r.one_in(8);
+        let full = !calm && r.one_in(8);
         Profile {
             seed,
             disks,
@@ -125,7 +126,7 @@ impl Profile {
             hot: r.pick(&[2, 8, 24, 64]),
             spread: if full { 160 } else { r.pick(&[4, 24, 80]) },
             mix: r.pick(&[(40, 5, 5), (20, 2, 20), (10, 15, 5), (50, 1, 10)]),
-            kill,
+            kill: if damage == Damage::Beyond { 0 } else { kill },
             power: if calm { 0 } else { power },
             restart,
             disk_loss: if calm { 0 } else { disk_loss },
@@ -138,7 +139,7 @@ impl Profile {
             slow,
             open_crash: if calm { 0 } else { open_crash },
             damage,
-            rot: if damage == Damage::None { 0 } else { r.pick(&[30, 100, 300]) },
+            rot: if damage == Damage::None { 0 } else { r.pick(&[100, 500, 2000]) },
             stray: if damage == Damage::Within { r.pick(&[0, 100, 400]) } else { 0 },
             scrub_ms: r.pick(&[0, 0, 3000]),
             io_timeout_ms: r.pick(&[0, 10_000]),

@@ -583,7 +583,7 @@ pub(super) fn brief(reply: &Reply) -> String {
 fn weight(reply: &Reply) -> u64 {
     match reply {
         Reply::Done => 1,
-        Reply::Sealed(sealed) => 2 + sealed.chunks.iter().fold(0, |all, chunk| all ^ chunk.1),
+        Reply::Sealed(sealed) => sealed.chunks.iter().fold(2, |all, chunk| all.rotate_left(1) ^ chunk.1),
         Reply::Read { holes, bad, crcs, .. } => u64::from(*holes) << 48 ^ u64::from(*bad) << 32 ^ u64::from(crcs[0]),
         Reply::Digest { in_doubt, extents } => {
             extents.iter().fold(u64::from(*in_doubt), |all, e| all.rotate_left(7) ^ e.image.version.0 ^ u64::from(e.bad))
