@@ -318,8 +318,14 @@ impl Mirror {
 
     /// Sees to it that all answered writes of the disk get flushed. Says whether there is something to wait for.
     pub(super) fn flush_disk(&mut self, d: usize, out: &mut Vec<Effect>) -> bool {
+        let seq = self.seq;
         let disk = &mut self.disks[d];
-        if !disk.sealed || disk.last_write <= disk.flushed_to {
+        if !disk.sealed {
+            return false;
+        }
+        if disk.last_write <= disk.flushed_to {
+            // Nothing is to be flushed: said now, since a write answered later must not make older flushes wait for it.
+            disk.flushed_to = seq;
             return false;
         }
         if disk.flushing {
@@ -426,6 +432,15 @@ impl Mirror {
             && self.candidate.is_none()
         {
             self.begin_round(out);
+        }
+        // A disk that was lost while it flushed, and trusted again, has to be asked again.
+        let wanted = self.flush_ops.front().map(|&(_, want)| want);
+        if let Some(want) = wanted.into_iter().chain(self.candidate.map(|(want, _)| want)).min() {
+            for d in 0..self.disks.len() {
+                if self.disks[d].counted > 0 && !self.disks[d].flushing && !self.is_flushed(d, want) {
+                    self.flush_disk(d, out);
+                }
+            }
         }
         self.flush_progress(out);
     }

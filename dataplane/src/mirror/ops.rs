@@ -506,8 +506,16 @@ impl Mirror {
             // Else it waits for a replica, or for the operation's time to run out.
             return;
         };
-        let span = self.span(p, slot);
-        let data = self.piece_data(p);
+        // Only blocks that are still missing: a store reads straight into this memory, also where its bytes turn out bad.
+        let run = self.missing_run(p);
+        let whole = self.span(p, slot);
+        let first = run.trailing_zeros() as u8;
+        let span = Span {
+            first,
+            count: run.count_ones() as u8,
+            ..whole
+        };
+        let data = self.piece_data(p).advance(usize::from(first - whole.first) * BLOCK);
         let piece = &mut self.pieces[p];
         piece.sent = 1 << slot;
         piece.out = 1;
@@ -536,14 +544,18 @@ impl Mirror {
 
     fn read_reply(&mut self, p: u32, masks: (BlockMask, BlockMask, BlockMask), out: &mut Vec<Effect>) {
         let (holes, bad, lost) = masks;
+        let asked = self.missing_run(p);
         let piece = &mut self.pieces[p];
-        let asked = piece.bad;
         let bad = if planted::on(Bug::AnswerBadBlock) { 0 } else { bad };
         let holes = holes & asked;
-        piece.bad &= bad & !lost;
+        piece.bad &= !asked | bad & !lost;
         piece.lost |= asked & bad & lost;
+        if piece.bad & asked == 0 {
+            // Further runs begin with all replicas.
+            piece.tried = 0;
+        }
         let (bad, lost, c) = (piece.bad, piece.lost, piece.chunk);
-        if asked & !bad & !lost != 0 && holes != 0 {
+        if holes != 0 {
             self.zero_runs(p, holes, out);
         }
         if bad != 0 {
@@ -555,6 +567,14 @@ impl Mirror {
         }
         debug_assert!((c as usize) < self.chunks.len());
         self.finish(p, (lost != 0).then_some(OpError::Io), out);
+    }
+
+    /// The first run of blocks that a read is still missing.
+    fn missing_run(&self, p: u32) -> BlockMask {
+        let bad = self.pieces[p].bad;
+        let first = bad.trailing_zeros();
+        let count = (!(bad >> first)).trailing_zeros();
+        block_mask(first as u8, count as u8)
     }
 
     fn read_failed(&mut self, p: u32, out: &mut Vec<Effect>) {
