@@ -8,7 +8,9 @@ fn quick() {
     let mut bad = 0;
     for seed in from..from + n {
         let run = sim::run_seed(seed, trace);
-        for (k, v) in &run.stats.seen { *seen.entry(*k).or_insert(0) += v; }
+        for (k, v) in &run.stats.seen {
+            *seen.entry(*k).or_insert(0) += v;
+        }
         if let Err(e) = &run.verdict {
             bad += 1;
             println!("SEED {seed}: {}", e.chars().take(700).collect::<String>());

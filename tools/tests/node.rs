@@ -151,12 +151,19 @@ fn rot_is_repaired_and_a_failing_disk_is_dropped_without_an_error() {
     );
     node.run(&["disk", "fault", &a, "none"]);
     node.run(&["disk", "fault", &b, "write-errors"]);
-    runs(&["bench", &socket, "--fill", "--bs", "64K", "--size", "16M"]);
-    runs(&["bench", &socket, "--verify-only", "--bs", "64K", "--size", "16M"]);
+    // Another seed: what the failing disk has is not what is asked for.
+    let second = ["--bs", "64K", "--size", "16M", "--seed", "2"];
+    runs(&[&["bench", &socket, "--fill"], &second[..]].concat());
+    runs(&[&["bench", &socket, "--verify-only"], &second[..]].concat());
     node.wait("the failing disk is out", |status| {
         status["disks"][1]["state"] == "failed"
     });
-    assert_eq!(node.status()["volumes"][0]["in_sync"], 1);
+    let volume = &node.status()["volumes"][0];
+    assert_eq!(
+        (volume["in_sync"].as_u64(), volume["replicas"].as_u64()),
+        (Some(2), Some(4)),
+        "{volume}"
+    );
     // A disk that failed by itself is tried again by itself.
     node.wait("redundancy is back", |status| {
         status["volumes"][0]["state"] == "healthy"

@@ -39,7 +39,7 @@ const PATIENCE: Duration = Duration::from_secs(30);
 /// Reads that return flipped bits after `disk fault rot`.
 const ROTTEN_READS: u64 = 50;
 /// Requests in a queue.
-const QUEUE_SIZE: u16 = 256;
+const QUEUE_SIZE: u16 = 1024;
 
 /// What a node is started with.
 #[derive(Clone, Debug)]

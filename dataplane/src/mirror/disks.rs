@@ -435,7 +435,11 @@ impl Mirror {
         }
         // A disk that was lost while it flushed, and trusted again, has to be asked again.
         let wanted = self.flush_ops.front().map(|&(_, want)| want);
-        if let Some(want) = wanted.into_iter().chain(self.candidate.map(|(want, _)| want)).min() {
+        if let Some(want) = wanted
+            .into_iter()
+            .chain(self.candidate.map(|(want, _)| want))
+            .min()
+        {
             for d in 0..self.disks.len() {
                 if self.disks[d].counted > 0 && !self.disks[d].flushing && !self.is_flushed(d, want) {
                     self.flush_disk(d, out);

@@ -515,7 +515,9 @@ impl Mirror {
             count: run.count_ones() as u8,
             ..whole
         };
-        let data = self.piece_data(p).advance(usize::from(first - whole.first) * BLOCK);
+        let data = self
+            .piece_data(p)
+            .advance(usize::from(first - whole.first) * BLOCK);
         let piece = &mut self.pieces[p];
         piece.sent = 1 << slot;
         piece.out = 1;

@@ -8,7 +8,7 @@ use anyhow::{Context, Result, bail};
 use blkio::{Blkio, Blkioq, Completion, MemoryRegion, ReqFlags};
 
 /// Longest wait for one request of the synchronous helpers: longer than any time-out of a data plane.
-const PATIENCE: Duration = Duration::from_secs(60);
+pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
 /// Completions taken at once.
 const TAKE: usize = 64;
 
@@ -43,8 +43,9 @@ impl Client {
         let capacity = blkio.get_u64("capacity").with_context(wrong)?;
         blkio.set_i32("num-queues", 0).with_context(wrong)?;
         blkio.set_i32("num-poll-queues", 1).with_context(wrong)?;
-        let size = depth.next_power_of_two().max(16) as i32;
-        blkio.set_i32("queue-size", size.min(256)).with_context(wrong)?;
+        // The driver underneath knows no indirect descriptors: a request takes three.
+        let size = (3 * depth).next_power_of_two().max(64) as i32;
+        blkio.set_i32("queue-size", size).with_context(wrong)?;
         let mut started = blkio.start().with_context(wrong)?;
         let memory = blkio
             .alloc_mem_region(memory.next_multiple_of(1 << 21))
@@ -58,6 +59,11 @@ impl Client {
             path,
             capacity,
         })
+    }
+
+    /// The socket.
+    pub(crate) fn path(&self) -> &Path {
+        &self.path
     }
 
     /// Bytes of the device.
@@ -119,9 +125,7 @@ impl Client {
         let end = Instant::now() + PATIENCE;
         let (mut left, mut failed) = (count, 0);
         while left > 0 {
-            let mut worst = 0;
-            left -= self.poll(|_, result| worst = worst.min(result))?;
-            failed += usize::from(worst < 0);
+            left -= self.poll(|_, result| failed += usize::from(result < 0))?;
             if Instant::now() > end {
                 bail!(
                     "{} answered nothing for {} s",
@@ -131,7 +135,10 @@ impl Client {
             }
         }
         if failed > 0 {
-            bail!("{} answered with an I/O error", self.path.display());
+            bail!(
+                "{} answered {failed} of {count} requests with an I/O error",
+                self.path.display()
+            );
         }
         Ok(())
     }

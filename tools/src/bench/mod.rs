@@ -312,6 +312,7 @@ fn measure(args: &BenchArgs) -> Result<Report> {
     let mut measuring = (ramp == Duration::ZERO).then(|| (start, pid.and_then(usage)));
     let mut done = Vec::with_capacity(64);
     let mut issued = 0u64;
+    let mut last_answer = start;
     loop {
         let now = Instant::now();
         if measuring.is_none() && now >= start + ramp {
@@ -334,16 +335,19 @@ fn measure(args: &BenchArgs) -> Result<Report> {
                 job.client.poll(|tag, result| done.push((tag, result)))?;
             }
             let now = Instant::now();
+            if !done.is_empty() {
+                last_answer = now;
+            }
             for &(tag, result) in &done {
                 if result < 0 {
                     report.errors += 1;
                 } else if job.flights[tag].direction == Direction::Read && (args.verify || args.verify_only) {
                     if let Some(address) = job.wrong_block(tag) {
-                        bail!("wrong data at byte {address} of {}", args.sockets[0].display());
+                        bail!("wrong data at byte {address} of {}", job.client.path().display());
                     }
                     report.verified += args.bs / stamp::BLOCK as u64;
                 }
-                if measuring.is_some() && !over {
+                if result >= 0 && measuring.is_some() && !over {
                     let flight = &job.flights[tag];
                     let side = match flight.direction {
                         Direction::Read => &mut report.read,
@@ -355,6 +359,12 @@ fn measure(args: &BenchArgs) -> Result<Report> {
                 }
                 job.idle.push(tag);
             }
+        }
+        if active && now.duration_since(last_answer) > client::PATIENCE {
+            bail!(
+                "nothing was answered for {} s: is the server still there?",
+                client::PATIENCE.as_secs()
+            );
         }
         if !active && (over || whole && jobs.iter().all(|job| job.addresses.next >= job.addresses.slots)) {
             break;

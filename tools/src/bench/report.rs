@@ -176,14 +176,12 @@ impl Report {
 
     pub(crate) fn print(&self) {
         let seconds = self.elapsed.as_secs_f64();
-        for line in [
-            self.read.line("read", seconds),
-            self.write.line("write", seconds),
-            self.trim.line("trim", seconds),
-        ] {
-            if let Some(line) = line {
-                println!("{line}");
-            }
+        let sides = [("read", &self.read), ("write", &self.write), ("trim", &self.trim)];
+        for line in sides
+            .into_iter()
+            .filter_map(|(name, side)| side.line(name, seconds))
+        {
+            println!("{line}");
         }
         if let Some(usage) = self.server {
             println!(
