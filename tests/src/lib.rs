@@ -1,1 +1,3 @@
-//! Placeholder crate text, replaced as the modules land.
+//! Machinery for the tests that cross crates.
+
+pub mod guest;
