@@ -5,6 +5,7 @@
 
 pub mod admin;
 pub mod local;
+pub mod node;
 pub mod planner;
 pub mod state;
 

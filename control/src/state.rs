@@ -16,7 +16,8 @@ use std::collections::{BTreeMap, BTreeSet};
 use serde::{Deserialize, Serialize};
 use unibody_dataplane::config::{Change, Outcome, Proposal, SLOTS_MAX, Slot, SlotState, VolumeConfig};
 use unibody_dataplane::geometry::Geometry;
-use unibody_dataplane::ids::{BLOCK, BootId, DiskUuid, Generation, LayerId, PowerId, VolumeId};
+use unibody_dataplane::ids::{BLOCK, BootId, ChunkKey, DiskUuid, Generation, LayerId, PowerId, VolumeId};
+use unibody_dataplane::replica::ChunkRef;
 
 /// Version of the serialised form.
 pub const FORMAT: u32 = 1;
@@ -165,6 +166,26 @@ impl Volume {
                 .map(|slots| slots.iter().map(slot).collect())
                 .collect(),
         }
+    }
+}
+
+impl Volume {
+    /// The replicas that are on a disk.
+    pub fn replicas_on(&self, disk: DiskUuid) -> impl Iterator<Item = ChunkRef> {
+        (0u32..).zip(&self.chunks).filter_map(move |(chunk, slots)| {
+            let slot = slots.iter().find(|slot| slot.disk == Disk(disk))?;
+            let key = ChunkKey { volume: VolumeId(self.id), layer: LayerId(self.head), chunk };
+            Some(ChunkRef { key, incarnation: slot.incarnation })
+        })
+    }
+}
+
+impl State {
+    /// Whether a replica found on a disk belongs there.
+    pub fn has_replica(&self, disk: DiskUuid, found: &ChunkRef) -> bool {
+        let volume = self.volumes.values().find(|volume| volume.id == found.key.volume.0);
+        let slots = volume.and_then(|volume| volume.chunks.get(found.key.chunk as usize));
+        slots.is_some_and(|slots| slots.iter().any(|slot| slot.disk == Disk(disk) && slot.incarnation == found.incarnation))
     }
 }
 

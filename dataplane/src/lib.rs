@@ -3,8 +3,6 @@
 //! It knows nothing of Raft, virtual machines or HTTP. `docs/life-of-a-write.md` and `docs/life-of-a-read.md` walk
 //! through it file by file.
 
-
-mod shard;
 pub mod buffers;
 pub mod checksum;
 pub mod config;
@@ -18,4 +16,5 @@ pub mod plane;
 pub mod planted;
 pub mod reactor;
 pub mod replica;
+mod shard;
 pub mod store;

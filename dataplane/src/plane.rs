@@ -14,6 +14,7 @@ use crate::disk::Disk;
 use crate::frontend::Queue;
 use crate::ids::{BootId, DiskUuid, PowerId, VolumeId};
 use crate::mirror::MirrorStatus;
+use crate::replica::ChunkRef;
 use crate::reactor::mailbox::{Sender, Waker, mailbox};
 use crate::reactor::pin::{Pinned, spawn_pinned};
 use crate::shard::{Message, Shard};
@@ -135,6 +136,8 @@ pub(crate) enum Command {
     FailDisk(DiskIndex),
     /// On its reactor: flush, mark clean, let go. False: it failed meanwhile.
     CloseDisk(DiskIndex, mpsc::Sender<bool>),
+    /// On its reactor: replicas whose volume or place is gone.
+    DropChunks(DiskIndex, Vec<ChunkRef>),
     AddVolume(VolumeIndex, VolumeConfig, Vec<DiskUp>),
     Decided(VolumeIndex, Outcome),
     Reconfigured(VolumeIndex, VolumeConfig),
@@ -182,10 +185,12 @@ impl Plane {
             let thread = spawn_pinned(&format!("reactor{number}"), core, move || {
                 match Shard::new(number, core, waker, receiver, peers, events) {
                     Ok(shard) => {
-                        drop(started.send(Ok(())));
+                        started.send(Ok(())).ok();
                         shard.run();
                     }
-                    Err(error) => drop(started.send(Err(error))),
+                    Err(error) => {
+                        started.send(Err(error)).ok();
+                    }
                 }
             })
             .map_err(io::Error::other)?;
@@ -240,12 +245,16 @@ impl Plane {
         }
     }
 
-    /// Flushes a disk, marks it clean and lets it go. False: it failed before that.
-    /// Waits for it no longer than `patience`.
-    pub fn close_disk(&self, index: DiskIndex, patience: Duration) -> bool {
+    /// Begins to flush a disk, mark it clean and let it go. The receiver hears when it is over; false: it failed before.
+    pub fn close_disk(&self, index: DiskIndex) -> mpsc::Receiver<bool> {
         let (sender, receiver) = mpsc::channel();
         self.send(self.home(index.0), Command::CloseDisk(index, sender));
-        receiver.recv_timeout(patience).unwrap_or(false)
+        receiver
+    }
+
+    /// Gives back the space of replicas that no volume has any more.
+    pub fn drop_chunks(&self, index: DiskIndex, chunks: Vec<ChunkRef>) {
+        self.send(self.home(index.0), Command::DropChunks(index, chunks));
     }
 
     /// Begins to own a volume: seal, compare, serve.
@@ -263,13 +272,12 @@ impl Plane {
         self.send(self.home(index.0), Command::Reconfigured(index, config));
     }
 
-    /// Ends owning a volume: what is in flight ends, everything is flushed. Its queues must have been stopped.
-    ///
-    /// False: it did not become quiet within `patience`.
-    pub fn remove_volume(&self, index: VolumeIndex, patience: Duration) -> bool {
+    /// Begins to end owning a volume: what is in flight ends, everything is flushed. Its queues must have been stopped. The
+    /// receiver hears when it is over.
+    pub fn remove_volume(&self, index: VolumeIndex) -> mpsc::Receiver<()> {
         let (sender, receiver) = mpsc::channel();
         self.send(self.home(index.0), Command::RemoveVolume(index, sender));
-        receiver.recv_timeout(patience).is_ok()
+        receiver
     }
 
     /// Gives a guest's queue to the volume's reactor.

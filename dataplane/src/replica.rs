@@ -10,6 +10,8 @@
 //! * A write or zero is answered once the device has both data and record; `Flush` once all answered before it is durable.
 //! * Operations on one extent take effect in the order they came; operations on different extents in any order.
 //! * A chunk (or incarnation) it does not hold is `Status::NoChunk`, never zeros.
+//! * A region's dirty mark is cleared only when everything in the region is durable and no version written there is above
+//!   the `stable` of the latest header. A write that only this replica has is found by its dirty mark alone.
 //! * After a failed flush, journal write or data write it answers `Status::DiskFailed` to everything, for ever.
 
 use crate::ids::{
@@ -28,7 +30,8 @@ pub struct Header {
     pub volume: VolumeId,
     /// The speaker's generation.
     pub generation: Generation,
-    /// Every write up to here is acknowledged and flushed on all in-sync replicas.
+    /// Every write up to here is acknowledged and flushed on all in-sync replicas, or known to be on none; and no region
+    /// waits to be made equal. Stays as it is while one does.
     pub stable: Version,
 }
 

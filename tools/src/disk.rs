@@ -7,6 +7,7 @@ use std::process::ExitCode;
 use anyhow::{Context, Result};
 use clap::Subcommand;
 use unibody_control::admin::{Fault, Request, call};
+use unibody_dataplane::store::Verdict;
 
 use crate::NodeArgs;
 use crate::output::{self, parse_size};
@@ -135,10 +136,43 @@ fn check(path: &std::path::Path, json: bool) -> Result<ExitCode> {
         eprintln!();
     }
     let report = report?;
+    let (verdict, status) = match report.verdict {
+        Verdict::Clean => ("clean", 0),
+        Verdict::Damaged => ("damaged", 1),
+        Verdict::Unusable => ("unusable", 2),
+    };
     if json {
-        println!("{}", report.json());
-    } else {
-        print!("{report}");
+        let findings: Vec<String> = report.findings.iter().map(ToString::to_string).collect();
+        let value = serde_json::json!({
+            "disk": report.uuid.map(|uuid| uuid.to_string()),
+            "verdict": verdict,
+            "closed": report.closed,
+            "findings": findings,
+            "findings_total": report.findings_total,
+            "journal_blocks": report.journal_blocks,
+            "chunks": report.chunks,
+            "extents": report.extents,
+            "blocks": report.blocks,
+            "blocks_in_doubt": report.in_doubt,
+            "slots_quarantined": report.quarantined,
+        });
+        println!("{}", serde_json::to_string_pretty(&value)?);
+        return Ok(ExitCode::from(status));
     }
-    Ok(ExitCode::from(report.exit_status()))
+    for finding in &report.findings {
+        println!("{finding}");
+    }
+    let unlisted = report.findings_total - report.findings.len() as u64;
+    if unlisted > 0 {
+        println!("and {unlisted} more");
+    }
+    println!(
+        "{}: {verdict}; {} chunks, {} extents, {} blocks checked{}",
+        path.display(),
+        report.chunks,
+        report.extents,
+        report.blocks,
+        if report.closed { "" } else { "; it was not closed: opening it will recover it" },
+    );
+    Ok(ExitCode::from(status))
 }

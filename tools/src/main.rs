@@ -1,5 +1,6 @@
 //! `unibody`: serve a node's data plane, and everything an operator does with it.
 
+mod bench;
 mod demo;
 mod disk;
 mod output;
@@ -31,6 +32,8 @@ enum Command {
     /// Create, list, resize and delete volumes.
     #[command(subcommand)]
     Volume(volume::VolumeCommand),
+    /// Put load on volumes and measure, or write and verify their contents.
+    Bench(bench::BenchArgs),
     /// Show all of it on this machine: disks, a volume, load, a failure, healing, verification.
     Demo(demo::DemoArgs),
 }
@@ -58,6 +61,7 @@ fn main() -> ExitCode {
         Command::Status(args) => output::status(&args.node, args.json).map(|()| ExitCode::SUCCESS),
         Command::Disk(command) => disk::run(command),
         Command::Volume(command) => volume::run(command).map(|()| ExitCode::SUCCESS),
+        Command::Bench(args) => bench::run(args).map(|()| ExitCode::SUCCESS),
         Command::Demo(args) => demo::run(args).map(|()| ExitCode::SUCCESS),
     };
     result.unwrap_or_else(|error| {

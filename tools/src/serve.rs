@@ -7,7 +7,7 @@ use clap::Args;
 use serde::Deserialize;
 use unibody_control::admin::VolumeSpec;
 use unibody_control::node::{Node, NodeOptions};
-use unibody_dataplane::disk::spec::DiskSpec;
+use unibody_dataplane::disk::spec::{Backend, DiskSpec};
 
 use crate::output::parse_size;
 
@@ -35,6 +35,9 @@ pub(crate) struct ServeArgs {
     /// Memory for extent records, for each disk: 4 KiB cover 2 MiB of data [default: 64M].
     #[arg(long, value_parser = parse_size)]
     cache: Option<u64>,
+    /// Put a fault injector in front of every disk, for drills (`disk fault`). It costs a little.
+    #[arg(long)]
+    faults: bool,
 }
 
 /// The file behind `--config`.
@@ -79,7 +82,7 @@ fn options(args: ServeArgs) -> Result<NodeOptions> {
     }
     let disks = texts
         .iter()
-        .map(|text| DiskSpec::parse(text).with_context(|| format!("--disk {text}")))
+        .map(|text| text.parse::<DiskSpec>().with_context(|| format!("--disk {text}")))
         .collect::<Result<Vec<_>>>()?;
     let volumes = file
         .volumes
@@ -88,7 +91,7 @@ fn options(args: ServeArgs) -> Result<NodeOptions> {
         .map(|text| parse_volume(text).with_context(|| format!("--volume {text}")))
         .collect::<Result<Vec<_>>>()?;
     let state = args.state.or(file.state);
-    if state.is_none() && disks.iter().any(DiskSpec::keeps_data) {
+    if state.is_none() && disks.iter().any(|disk| matches!(disk.backend, Backend::Path(_))) {
         bail!("disks that keep data need a place for the node's state: add --state ./state");
     }
     let cores = if args.cores.is_empty() { file.cores } else { args.cores };
@@ -104,6 +107,7 @@ fn options(args: ServeArgs) -> Result<NodeOptions> {
         control: args.control.or(file.control).or_else(|| state.as_ref().map(|dir| dir.join("control.sock"))),
         state,
         cache_bytes: cache as usize,
+        faults: args.faults,
     })
 }
 

@@ -20,6 +20,25 @@ const TRAILER: usize = 64;
 const MAGIC: u64 = u64::from_le_bytes(*b"UNIBODYI");
 const VERSION: u16 = 1;
 
+/// Where tests let the process die: between any two changes of the log.
+#[cfg(test)]
+pub(crate) fn crash_point() {
+    CRASH_AFTER.with(|left| {
+        let n = left.get();
+        left.set(n.saturating_sub(1));
+        assert!(n != 1, "killed here");
+    });
+}
+#[cfg(not(test))]
+#[inline(always)]
+pub(crate) fn crash_point() {}
+
+#[cfg(test)]
+thread_local! {
+    /// Crash points left to live; zero: for ever.
+    pub(crate) static CRASH_AFTER: std::cell::Cell<u32> = const { std::cell::Cell::new(0) };
+}
+
 /// What the log that came with a connection says.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Resumed {
@@ -231,6 +250,7 @@ impl Log {
             .u64_at(at + 8)
             .store(self.counter.to_le(), Ordering::Relaxed);
         self.counter = self.counter.wrapping_add(1);
+        crash_point();
         self.region.u8_at(at).store(1, Ordering::Release);
     }
 
@@ -241,18 +261,22 @@ impl Log {
         self.region
             .u16_at(self.entry(head) + 6)
             .store(last.load(Ordering::Relaxed), Ordering::Relaxed);
+        crash_point();
         last.store(head.to_le(), Ordering::Release);
+        crash_point();
     }
 
     /// `head` was handed to the driver.
     #[inline]
     pub(crate) fn returned(&self, head: u16) {
+        crash_point();
         self.region.u8_at(self.entry(head)).store(0, Ordering::Release);
     }
 
     /// All of the batch up to `used_idx` was handed to the driver and ticked off.
     #[inline]
     pub(crate) fn batch_done(&self, used_idx: u16) {
+        crash_point();
         self.region
             .u16_at(self.base + 14)
             .store(used_idx.to_le(), Ordering::Release);

@@ -21,6 +21,8 @@ mod server;
 mod session;
 mod sigbus;
 mod slots;
+#[cfg(test)]
+mod tests;
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 

@@ -17,7 +17,7 @@ use std::sync::Arc;
 use std::sync::atomic::{Ordering, fence};
 
 use super::guest::MemoryTable;
-use super::inflight::{Log, Resumed};
+use super::inflight::{Log, Resumed, crash_point};
 use super::request::{IOERR, Limits, OK, Parsed, Range, Request, UNSUPP, parse};
 use super::ring::{DESC_INDIRECT, DESC_NEXT, Desc, Ring};
 use super::slots::{Slots, State};
@@ -208,6 +208,7 @@ impl Queue {
             self.slots.get(*head).state = State::Taken;
             if let Some(log) = &mut self.log {
                 log.taken(*head);
+                crash_point();
             }
             self.next_avail = self.next_avail.wrapping_add(1);
             taken += 1;
@@ -312,7 +313,9 @@ impl Queue {
             return None;
         }
         let old = self.published;
+        crash_point();
         self.ring.set_used_idx(self.next_used);
+        crash_point();
         self.published = self.next_used;
         for &head in &self.batch {
             self.slots.get(head).state = State::Free;

@@ -117,6 +117,12 @@ impl Walk {
         self.flaw.get_or_insert(flaw);
     }
 
+    /// The chain has no end: that counts, whatever else is wrong with it.
+    fn endless(&mut self, flaw: Flaw) -> bool {
+        self.flaw = Some(flaw);
+        false
+    }
+
     fn kind(&self) -> u32 {
         u32::from_le_bytes([self.header[0], self.header[1], self.header[2], self.header[3]])
     }
@@ -258,8 +264,7 @@ fn walk_chain(
     for _ in 0..usize::from(size).min(DESCS_MAX) {
         if desc.flags & DESC_INDIRECT != 0 {
             if desc.flags & DESC_NEXT != 0 {
-                walk.flaw(Flaw::Malformed);
-                return false;
+                return walk.endless(Flaw::Malformed);
             }
             return walk_table(limits, hint, slots, head, &desc, walk);
         }
@@ -268,13 +273,11 @@ fn walk_chain(
             return true;
         }
         if desc.next >= size {
-            walk.flaw(Flaw::Malformed);
-            return false;
+            return walk.endless(Flaw::Malformed);
         }
         desc = limits.ring.desc(desc.next);
     }
-    walk.flaw(Flaw::TooLong);
-    false
+    walk.endless(Flaw::TooLong)
 }
 
 /// The same in an indirect table.
@@ -290,20 +293,17 @@ fn walk_table(
     let entries = table.len as usize / DESC_SIZE;
     if entries == 0 || !(table.len as usize).is_multiple_of(DESC_SIZE) || entries > usize::from(u16::MAX) + 1
     {
-        walk.flaw(Flaw::Malformed);
-        return false;
+        return walk.endless(Flaw::Malformed);
     }
     let Some(base) = limits.memory.contiguous(hint, table.addr, u64::from(table.len)) else {
-        walk.flaw(Flaw::Unmapped);
-        return false;
+        return walk.endless(Flaw::Unmapped);
     };
     let mut at = 0;
     for _ in 0..entries.min(DESCS_MAX) {
         // SAFETY: `at` is below `entries`, and the whole table is mapped.
         let desc = unsafe { Desc::read(base.wrapping_add(at * DESC_SIZE)) };
         if desc.flags & DESC_INDIRECT != 0 {
-            walk.flaw(Flaw::Malformed);
-            return false;
+            return walk.endless(Flaw::Malformed);
         }
         walk.take(limits, hint, slots, head, &desc);
         if desc.flags & DESC_NEXT == 0 {
@@ -311,12 +311,10 @@ fn walk_table(
         }
         at = usize::from(desc.next);
         if at >= entries {
-            walk.flaw(Flaw::Malformed);
-            return false;
+            return walk.endless(Flaw::Malformed);
         }
     }
-    walk.flaw(Flaw::TooLong);
-    false
+    walk.endless(Flaw::TooLong)
 }
 
 /// Checks what the header asks for.

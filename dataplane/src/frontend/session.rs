@@ -462,7 +462,7 @@ impl VhostUserBackendReqHandlerMut for Session {
             return Err(self.refuse(format_args!("an in-flight region for {queues} queues of {size}")));
         }
         let bytes = inflight::region_bytes(queues, size);
-        let file = sealed_memory(bytes).map_err(Error::ReqHandlerError)?;
+        let file = shared_memory(bytes, true).map_err(Error::ReqHandlerError)?;
         Ok((VhostUserInflight::new(bytes, 0, queues, size), file))
     }
 
@@ -544,9 +544,9 @@ impl VhostUserBackendReqHandlerMut for Session {
     }
 }
 
-/// Shared memory that can not change its size, so that the front end can not pull it away under us.
-fn sealed_memory(bytes: u64) -> std::io::Result<File> {
-    let name = c"unibody-inflight";
+/// New shared memory. `sealed`: it can not change its size, so that the front end can not pull it away under us.
+pub(crate) fn shared_memory(bytes: u64, sealed: bool) -> std::io::Result<File> {
+    let name = c"unibody";
     // SAFETY: a valid C string and flags; the result is checked.
     let fd = unsafe { libc::memfd_create(name.as_ptr(), libc::MFD_CLOEXEC | libc::MFD_ALLOW_SEALING) };
     if fd < 0 {
@@ -557,7 +557,7 @@ fn sealed_memory(bytes: u64) -> std::io::Result<File> {
     file.set_len(bytes)?;
     let seals = libc::F_SEAL_SHRINK | libc::F_SEAL_GROW | libc::F_SEAL_SEAL;
     // SAFETY: adds seals to our own descriptor.
-    if unsafe { libc::fcntl(file.as_raw_fd(), libc::F_ADD_SEALS, seals) } != 0 {
+    if sealed && unsafe { libc::fcntl(file.as_raw_fd(), libc::F_ADD_SEALS, seals) } != 0 {
         return Err(std::io::Error::last_os_error());
     }
     Ok(file)

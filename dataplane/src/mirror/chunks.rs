@@ -11,7 +11,7 @@
 //! A chunk whose replicas have no recorded boot was never written: its replicas are created, their boots recorded, and
 //! only then does it take its first write. So a recorded replica that is not there is a replica that lost its data.
 
-use crate::config::{SLOTS_MAX, SlotState, VolumeConfig};
+use crate::config::{Change, SLOTS_MAX, SlotState, VolumeConfig};
 use crate::ids::{BootId, ChunkKey, PowerId};
 use crate::planted::{self, Bug};
 use crate::replica::{ChunkRef, Request, Sealed};
@@ -442,11 +442,18 @@ impl Mirror {
             self.advance(c, out);
             all &= self.chunks[c as usize].ready;
         }
+        self.all_ready = all;
         if self.phase == Phase::Attaching && all {
             self.phase = Phase::Serving;
             out.push(Effect::Attached {
                 power_lost: self.power_lost,
             });
+            for p in 0..self.pieces.len() {
+                if self.pieces.is_used(p) && self.pieces[p].stage == Stage::Waiting {
+                    let (c, region) = self.place(p);
+                    self.look_region(c, region);
+                }
+            }
             self.flush_progress(out);
         }
         for p in 0..self.pieces.len() {
@@ -517,11 +524,23 @@ impl Mirror {
                 changed = true;
                 continue;
             }
+            let leaving = self
+                .proposed
+                .as_ref()
+                .is_some_and(|proposal| match &proposal.change {
+                    Change::MarkStale {
+                        disk: uuid, chunks, ..
+                    } => *uuid == disk.uuid && chunks.contains(&c),
+                    _ => false,
+                });
             let same = slot.boot == disk.boot || planted::on(Bug::OldBootIsSame);
             if trusted != 0 {
                 // Others serve: only a replica that forgot nothing goes on with them.
-                slot.lost = if same || fresh { Lost::No } else { Lost::Data };
-                changed = true;
+                // One whose MarkStale is out waits for the outcome.
+                if (same || fresh) && !leaving {
+                    slot.lost = Lost::No;
+                    changed = true;
+                }
                 continue;
             }
             back |= bit;
@@ -536,7 +555,7 @@ impl Mirror {
             let waited = self.phase != Phase::Attaching
                 || self.now.saturating_sub(self.started) >= self.limits.attach_wait_ms;
             let all = silent == 0 || planted::on(Bug::SkipSeal);
-            if (kept != 0 && (all || waited)) || (kept == 0 && all) {
+            if all || kept != 0 && waited {
                 let mut chosen = if kept != 0 { kept } else { back };
                 if chosen & clean != 0 {
                     chosen &= clean;
@@ -565,7 +584,10 @@ impl Mirror {
             let disk = &self.disks[usize::from(slot.disk)];
             unflushed |= disk.lost_unflushed;
             if chosen >> i & 1 == 0 {
-                slot.lost = Lost::Data;
+                // It has to become stale; if the control state drops the chosen ones instead, it is looked at again.
+                if slot.boot == disk.boot {
+                    slot.lost = Lost::Data;
+                }
                 continue;
             }
             rebooted &= slot.boot != disk.boot;
@@ -582,6 +604,8 @@ impl Mirror {
         }
         chunk.rebooted = rebooted;
         chunk.ready = false;
+        self.all_ready = false;
+        self.candidate = self.candidate.map(|(want, _)| (want, self.stable));
         if rebooted {
             chunk.compare = !0;
         }
@@ -626,20 +650,19 @@ impl Mirror {
         let chunk = &mut self.chunks[c as usize];
         chunk.ready = true;
         chunk.served = true;
+        let mut regions = 0;
         for slot in &mut chunk.slots {
             if slot.used && slot.state == SlotState::InSync {
-                let doubtful = std::mem::take(&mut slot.doubtful);
-                if !planted::on(Bug::SkipReconcile) {
-                    chunk.unsettled |= doubtful;
-                }
+                regions |= std::mem::take(&mut slot.doubtful);
                 if self.disks[usize::from(slot.disk)].suspect {
-                    chunk.unsettled = !0;
+                    regions = !0;
                 }
             }
         }
         if planted::on(Bug::SkipReconcile) {
-            chunk.compare = 0;
+            (chunk.compare, regions) = (0, 0);
         }
+        self.add_unsettled(c, regions);
         self.queue_work(c);
         for region in 0..64 {
             self.look_region(c, region);
@@ -660,8 +683,20 @@ impl Mirror {
 
     /// The region's replicas may differ: nothing touches it before they were made equal.
     pub(super) fn unsettle(&mut self, c: u32, region: u8) {
-        self.chunks[c as usize].unsettled |= 1 << region;
+        self.add_unsettled(c, 1 << region);
         self.queue_work(c);
+    }
+
+    /// What is stable does not grow before the regions were made equal.
+    fn add_unsettled(&mut self, c: u32, regions: u64) {
+        let chunk = &mut self.chunks[c as usize];
+        self.unsettled += u64::from((regions & !chunk.unsettled).count_ones());
+        chunk.unsettled |= regions;
+        if regions != 0
+            && let Some((_, version)) = &mut self.candidate
+        {
+            *version = self.stable;
+        }
     }
 
     fn create(&mut self, c: u32, i: usize, out: &mut Vec<Effect>) {

@@ -370,7 +370,11 @@ impl Mirror {
     /// Flushes every disk; what is answered now is stable when all have done it.
     pub(super) fn begin_round(&mut self, out: &mut Vec<Effect>) {
         if self.candidate.is_none() {
-            let version = if self.oldest == NIL {
+            let version = if !self.all_ready || self.unsettled > 0 {
+                // A replica may have a write of an earlier owner, or one that failed, that others lack: its dirty mark
+                // is what tells, and must stay.
+                self.stable
+            } else if self.oldest == NIL {
                 Version::new(self.config.generation, self.counter)
             } else {
                 Version(self.pieces[self.oldest].version.0 - 1)

@@ -10,9 +10,9 @@
 use crate::ids::{BlockMask, EXTENTS_PER_REGION, block_mask};
 use crate::planted::{self, Bug};
 
-use super::Mirror;
 use super::ops::{PieceKind, Stage};
 use super::slab::NIL;
+use super::{Mirror, Phase};
 
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Entry {
@@ -150,7 +150,7 @@ impl Mirror {
         let mask = self.piece_mask(p);
         let i = self.table.find_or_add(Table::key(chunk, extent));
         let region = usize::from(extent) / EXTENTS_PER_REGION;
-        let held = self.chunks[chunk as usize].hold() >> region & 1 != 0;
+        let held = self.is_held(chunk, region as u8);
         let entry = self.table.slots[i];
         let free = !held
             && !conflicts(entry.writes, entry.reads, kind, mask)
@@ -174,12 +174,23 @@ impl Mirror {
         }
     }
 
+    /// Nothing is served before the attach is complete: only then does the driver know what was lost with the power.
+    #[inline]
+    fn is_held(&self, chunk: u32, region: u8) -> bool {
+        matches!(self.phase, Phase::New | Phase::Attaching)
+            || self.chunks[chunk as usize].hold() >> region & 1 != 0
+    }
+
     fn conflicts_waiting(&self, mut w: u32, kind: PieceKind, mask: BlockMask) -> bool {
         while w != NIL {
             let other = self.pieces[w].kind;
             if self.piece_mask(w) & mask != 0 && !(kind == PieceKind::Read && other == PieceKind::Read) {
-                return !(planted::on(Bug::WritesIgnoreConflicts) && kind != PieceKind::Read)
-                    && !(planted::on(Bug::ReadsIgnoreConflicts) && kind == PieceKind::Read);
+                let bug = if kind == PieceKind::Read {
+                    Bug::ReadsIgnoreConflicts
+                } else {
+                    Bug::WritesIgnoreConflicts
+                };
+                return !planted::on(bug);
             }
             w = self.pieces[w].next;
         }
@@ -243,7 +254,7 @@ impl Mirror {
             return;
         };
         let region = usize::from(extent) / EXTENTS_PER_REGION;
-        if self.table.slots[i].wait_head != NIL && self.chunks[chunk as usize].hold() >> region & 1 == 0 {
+        if self.table.slots[i].wait_head != NIL && !self.is_held(chunk, region as u8) {
             let (mut writes, mut reads) = (self.table.slots[i].writes, self.table.slots[i].reads);
             let (mut at, mut before) = (self.table.slots[i].wait_head, NIL);
             while at != NIL {

@@ -309,6 +309,9 @@ pub struct Mirror {
     power_lost: bool,
     creating: u32,
     tasks_due: bool,
+    /// Chunks that are not ready, regions that are unsettled: while there are any, `stable` stays.
+    all_ready: bool,
+    unsettled: u64,
     counts: Counts,
 }
 
@@ -377,6 +380,8 @@ impl Mirror {
             power_lost: false,
             creating: 0,
             tasks_due: false,
+            all_ready: false,
+            unsettled: 0,
             counts: Counts::default(),
         };
         mirror.take_config(config, &mut Vec::new());
@@ -467,7 +472,13 @@ impl Mirror {
                 out.push(Effect::Detached);
             }
             Phase::Attaching | Phase::Serving => {
+                let attached = self.phase == Phase::Serving;
                 self.phase = Phase::Draining;
+                for op in 0..self.limits.ops {
+                    if !attached {
+                        self.cancel(op, OpError::Gone, out);
+                    }
+                }
                 self.begin_round(out);
                 self.pump(out);
             }

@@ -146,7 +146,6 @@ pub(super) struct Op {
     progress: u64,
 }
 
-// SAFETY is not needed here: payloads are names (see `memory`).
 impl Default for Op {
     fn default() -> Self {
         Op {
@@ -190,14 +189,14 @@ impl Mirror {
         );
         let block = BLOCK as u64;
         let (aligned, end) = (
-            offset % block == 0 && len % block == 0,
+            offset.is_multiple_of(block) && len.is_multiple_of(block),
             offset.saturating_add(len),
         );
         let valid = match kind {
             OpKind::Read => aligned && len <= LEN_MAX,
             OpKind::Write => {
-                offset % 512 == 0
-                    && len % 512 == 0
+                offset.is_multiple_of(512)
+                    && len.is_multiple_of(512)
                     && len <= LEN_MAX
                     && crcs.len() as u64 >= end.div_ceil(block) - offset / block
             }
@@ -224,8 +223,8 @@ impl Mirror {
             data,
             next: first,
             end: last,
-            head: kind == OpKind::Write && offset % block != 0,
-            tail: kind == OpKind::Write && end % block != 0,
+            head: kind == OpKind::Write && !offset.is_multiple_of(block),
+            tail: kind == OpKind::Write && !end.is_multiple_of(block),
             progress: self.now,
             ..Op::default()
         };
@@ -349,7 +348,7 @@ impl Mirror {
         }
     }
 
-    fn place(&self, p: u32) -> (u32, u8) {
+    pub(super) fn place(&self, p: u32) -> (u32, u8) {
         let piece = &self.pieces[p];
         (
             piece.chunk,
@@ -448,12 +447,21 @@ impl Mirror {
                     return self.finish(p, Some(OpError::NoSpace), out);
                 }
             } else {
-                self.lose_slots(c, refused, true);
+                if refused & !lost != 0 {
+                    self.lose_slots(c, refused & !lost, true);
+                }
                 return;
             }
         }
         let missing = piece.need & !lost & !piece.no_space;
-        self.send_to(p, missing, out);
+        if missing != 0 {
+            // A replica is back: all get the write anew. Under its old version it could follow a newer write to other
+            // blocks of the extent, and the versions of the replicas would part.
+            (piece.acked, piece.no_space) = (0, 0);
+            self.unlist(p);
+            self.pieces[p].version = Version::ZERO;
+            self.send_write(p, out);
+        }
     }
 
     fn written(&mut self, p: u32, out: &mut Vec<Effect>) {

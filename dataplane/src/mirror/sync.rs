@@ -259,6 +259,7 @@ impl Mirror {
             return;
         }
         match (step, reply) {
+            (Step::Read { .. }, Some(Reply::Read { .. })) if self.tasks[t].failed => {}
             (Step::Digest { slot }, Some(Reply::Digest { in_doubt, extents })) => {
                 let task = &mut self.tasks[t];
                 task.in_doubt |= u8::from(in_doubt) << slot;
@@ -477,9 +478,9 @@ impl Mirror {
         let task = &mut self.tasks[t];
         task.reads_left[e] -= 1;
         let plan = &task.plans[e];
-        for b in usize::from(first)..usize::from(first + count) {
+        for (b, crc) in crcs.iter().enumerate().skip(first.into()).take(count.into()) {
             let raw = plan.source[b] == Source::Raw(slot);
-            let wrong = holes >> b & 1 != 0 || bad >> b & 1 != 0 && !raw || crcs[b] != plan.image.crcs[b];
+            let wrong = holes >> b & 1 != 0 || bad >> b & 1 != 0 && !raw || *crc != plan.image.crcs[b];
             task.surprised |= wrong;
         }
         if task.reads_left[e] == 0 && !task.surprised {
@@ -532,6 +533,7 @@ impl Mirror {
         let (c, region, members) = (self.tasks[t].chunk, self.tasks[t].region, self.tasks[t].members);
         let bit = 1u64 << region;
         let chunk = &mut self.chunks[c as usize];
+        self.unsettled -= u64::from(chunk.unsettled & bit != 0);
         chunk.unsettled &= !bit;
         chunk.check &= !bit;
         chunk.compare &= !bit;

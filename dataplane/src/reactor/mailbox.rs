@@ -21,17 +21,17 @@
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering, fence};
 
 use crossbeam_queue::ArrayQueue;
 
+use super::bell::Bell;
 use super::eventfd::EventFd;
 
 /// The door bell of one reactor, shared by all who send to it.
 #[derive(Debug)]
 #[repr(align(128))]
 pub struct Waker {
-    asleep: AtomicBool,
+    bell: Bell,
     event: EventFd,
 }
 
@@ -42,7 +42,7 @@ impl Waker {
     /// When the process is out of descriptors.
     pub fn new() -> io::Result<Arc<Self>> {
         Ok(Arc::new(Waker {
-            asleep: AtomicBool::new(false),
+            bell: Bell::new(),
             event: EventFd::new()?,
         }))
     }
@@ -52,29 +52,32 @@ impl Waker {
     #[inline]
     #[must_use = "true obliges to raise the eventfd"]
     pub fn must_wake(&self) -> bool {
-        fence(Ordering::SeqCst);
-        self.asleep.load(Ordering::Relaxed) && self.asleep.swap(false, Ordering::Relaxed)
+        self.bell.must_wake()
+    }
+
+    /// Raises the eventfd, owed after [`Waker::must_wake`]: a system call, for when a ring has no room for it.
+    pub fn raise(&self) {
+        self.event.raise();
     }
 
     /// Wakes the reactor if it sleeps. A system call at most.
     #[inline]
     pub fn wake(&self) {
         if self.must_wake() {
-            self.event.raise();
+            self.raise();
         }
     }
 
     /// The reactor is about to sleep; after this it must look at everything once more.
     #[inline]
     pub fn arm(&self) {
-        self.asleep.store(true, Ordering::Relaxed);
-        fence(Ordering::SeqCst);
+        self.bell.arm();
     }
 
     /// The reactor is up.
     #[inline]
     pub fn disarm(&self) {
-        self.asleep.store(false, Ordering::Relaxed);
+        self.bell.disarm();
     }
 
     /// What the reactor's ring watches.

@@ -7,6 +7,7 @@
 //!
 //! Deliberately absent: async, timers beyond "wake me at", and any knowledge of disks or devices.
 
+mod bell;
 pub mod eventfd;
 pub mod idle;
 pub mod mailbox;
@@ -16,3 +17,8 @@ pub mod ring;
 pub use eventfd::EventFd;
 pub use idle::{Idle, IdlePolicy};
 pub use ring::{Event, Kind, Ring, RingFull, RingStats, Tag};
+
+/// What [`bell`] is built on; its loom test puts loom's in their place.
+mod atomics {
+    pub(crate) use std::sync::atomic::{AtomicBool, Ordering, fence};
+}

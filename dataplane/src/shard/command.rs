@@ -15,13 +15,15 @@ const VOLUME_OPS: u32 = 256;
 impl Shard {
     pub(super) fn command(&mut self, command: Command) {
         match command {
-            Command::AddDisk(up, service, reply) => drop(reply.send(self.add_disk(up, service))),
+            Command::AddDisk(up, service, reply) => {
+                reply.send(self.add_disk(up, service)).ok();
+            }
             Command::DiskUp(up) => self.disk_up(up),
             Command::DiskDown(disk) => self.disk_down(disk),
             Command::FailDisk(disk) => match &mut self.homes[usize::from(disk.0)] {
                 Home::Store(served) => {
                     served.ending.get_or_insert_with(|| "taken out of service".into());
-                    served.store.fail(&mut self.store_effects);
+                    served.store.remove(&mut self.store_effects);
                     self.apply_store(disk);
                 }
                 home => {
@@ -38,9 +40,14 @@ impl Shard {
                 }
                 home => {
                     *home = Home::Absent;
-                    drop(reply.send(true));
+                    reply.send(true).ok();
                 }
             },
+            Command::DropChunks(disk, chunks) => {
+                if let Home::Store(served) = &mut self.homes[usize::from(disk.0)] {
+                    served.drops.extend(chunks);
+                }
+            }
             Command::AddVolume(index, config, disks) => self.add_volume(index, config, disks),
             Command::Decided(index, outcome) => self.with_mirror(index, |mirror, out| mirror.decided(outcome, out)),
             Command::Reconfigured(index, config) => {
@@ -54,7 +61,9 @@ impl Shard {
                 // It may be quiet already.
                 self.publish_queues();
             }
-            Command::Status(reply) => drop(reply.send(self.status())),
+            Command::Status(reply) => {
+                reply.send(self.status()).ok();
+            }
             Command::Stop => self.stopping = true,
         }
     }
@@ -72,6 +81,7 @@ impl Shard {
                     disk,
                     waiting: Default::default(),
                     touched: false,
+                    drops: Default::default(),
                     ending: None,
                     closed: false,
                     closing: None,
@@ -166,7 +176,7 @@ impl Shard {
             if over {
                 self.present.swap_remove(position);
                 if let Some(reply) = slot.take().and_then(|volume| volume.removing) {
-                    drop(reply.send(()));
+                    reply.send(()).ok();
                 }
             }
         }

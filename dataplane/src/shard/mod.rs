@@ -23,13 +23,13 @@ use std::time::{Duration, Instant};
 
 use crate::buffers::BufferPool;
 use crate::disk::{Completion, Disk, Io, Token};
-use crate::ids::VolumeId;
+use crate::ids::{Generation, Version, VolumeId};
 use crate::memory::Payload;
 use crate::mirror::{self, Mirror};
 use crate::plane::{Command, DISKS_MAX, DiskIndex, DiskUp, Event, ReactorStats, VOLUMES_MAX, VolumeIndex};
 use crate::reactor::mailbox::{Receiver, Sender, Waker};
 use crate::reactor::{self, Idle, IdlePolicy, Ring};
-use crate::replica::{Header, Reply, Request};
+use crate::replica::{ChunkRef, Header, Reply, Request};
 use crate::store::{self, Store};
 
 use ops::Ops;
@@ -66,6 +66,9 @@ struct Address {
 }
 
 impl Address {
+    /// No mirror asked.
+    const NOBODY: store::Tag = store::Tag(u64::MAX);
+
     fn pack(self) -> u64 {
         (self.shard as u64) << 48 | u64::from(self.volume.0) << 32 | u64::from(self.request)
     }
@@ -81,6 +84,8 @@ struct Served {
     disk: Box<dyn Disk>,
     /// I/Os the device had no room for yet. Bounded by what a store has outstanding.
     waiting: VecDeque<(Token, Io)>,
+    /// Replicas that nobody will ask for again.
+    drops: VecDeque<ChunkRef>,
     /// Something was asked of the store since its batch was last closed.
     touched: bool,
     /// Why it has failed; it is let go when its last I/O has ended.
@@ -88,6 +93,22 @@ struct Served {
     closed: bool,
     /// Who waits for it to be closed.
     closing: Option<mpsc::Sender<bool>>,
+}
+
+/// Replicas dropped a tick.
+const DROPS: usize = 64;
+
+impl Served {
+    /// Drops some of the replicas that nobody will ask for again. No owner comes after this one.
+    fn drop_some(&mut self, out: &mut Vec<store::Effect>) {
+        for _ in 0..DROPS {
+            let Some(chunk) = self.drops.pop_front() else { return };
+            let generation = Generation((1 << 24) - 1);
+            let header = Header { volume: chunk.key.volume, generation, stable: Version::ZERO };
+            self.store.submit(Address::NOBODY, header, Request::Seal, out);
+            self.store.submit(Address::NOBODY, header, Request::DropChunk(chunk), out);
+        }
+    }
 }
 
 /// A disk as a replica's home.
@@ -285,7 +306,7 @@ impl Shard {
                 reactor::Kind::Kick => self.kicked(event),
                 reactor::Kind::Wake if !event.more => {
                     // The watch ended (the kernel may drop one under pressure): watch again.
-                    drop(self.ring.watch(self.waker.fd(), queues::wake_tag()));
+                    self.ring.watch(self.waker.fd(), queues::wake_tag()).ok();
                 }
                 _ => {}
             }
@@ -301,6 +322,7 @@ impl Shard {
             let disk = self.stores[position];
             if let Home::Store(served) = &mut self.homes[usize::from(disk.0)] {
                 served.store.tick(self.now, &mut self.store_effects);
+                served.drop_some(&mut self.store_effects);
                 self.apply_store(disk);
                 self.touch(disk);
             }
@@ -312,6 +334,7 @@ impl Shard {
         }
         self.carry();
         self.publish_queues();
+        self.forget_volumes();
     }
 
     fn served(&self) -> impl Iterator<Item = &Served> {

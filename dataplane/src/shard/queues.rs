@@ -175,7 +175,7 @@ impl Queues {
             let slot = self.slots[id as usize].take().expect("a queue in use");
             if let Some(reply) = slot.stopping {
                 // If the session has gone, so may the queue.
-                drop(reply.send(slot.queue));
+                reply.send(slot.queue).ok();
             }
         }
     }

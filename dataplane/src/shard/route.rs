@@ -140,7 +140,7 @@ impl Shard {
 
     /// Tells the control threads. They may have gone, and then the reactor is about to be stopped.
     pub(super) fn tell(&self, event: Event) {
-        drop(self.events.send(event));
+        self.events.send(event).ok();
     }
 
     fn send(&mut self, index: VolumeIndex, disk: mirror::DiskIndex, id: mirror::RequestId, header: Header, request: Request) {
@@ -191,6 +191,7 @@ impl Shard {
                         Err(Busy) => served.waiting.push_back((token, io)),
                     }
                 }
+                store::Effect::Reply { tag: Address::NOBODY, .. } => {}
                 store::Effect::Reply { tag, reply } => self.reply(tag.0, reply),
                 store::Effect::Failed(reason) => {
                     if let Home::Store(served) = &mut self.homes[usize::from(disk.0)] {
@@ -243,7 +244,7 @@ impl Shard {
         drop(served.disk);
         drop(served.store);
         if let Some(reply) = served.closing {
-            drop(reply.send(served.closed));
+            reply.send(served.closed).ok();
         }
         if let Some(reason) = served.ending {
             self.tell(Event::DiskFailed(disk, reason));

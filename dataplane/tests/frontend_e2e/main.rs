@@ -3,3 +3,4 @@
 
 mod blkio_client;
 mod plane;
+mod protocol;

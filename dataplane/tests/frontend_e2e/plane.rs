@@ -102,7 +102,7 @@ fn poll_loop(control: &Control, commands: &Receiver<Command>) {
     loop {
         idle += 1;
         // A hundred polls between two looks at the mailbox cost nobody anything.
-        if idle % 128 == 0 || queues.is_empty() {
+        if idle.is_multiple_of(128) || queues.is_empty() {
             match commands.try_recv() {
                 Ok(Command::Start(device, index, queue)) => {
                     let held = Vec::with_capacity(1024);

@@ -39,7 +39,7 @@ impl Client {
         blkio.set_i32("num-queues", 0).with_context(wrong)?;
         blkio.set_i32("num-poll-queues", 1).with_context(wrong)?;
         let size = depth.next_power_of_two().max(16) as i32;
-        blkio.set_i32("poll-queue-size", size.min(256)).with_context(wrong)?;
+        blkio.set_i32("queue-size", size.min(256)).with_context(wrong)?;
         let mut started = blkio.start().with_context(wrong)?;
         let memory = blkio.alloc_mem_region(memory.next_multiple_of(1 << 21)).with_context(wrong)?;
         blkio.map_mem_region(&memory).with_context(wrong)?;

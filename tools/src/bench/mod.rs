@@ -139,7 +139,7 @@ struct Job<'a> {
 
 pub(crate) fn run(args: BenchArgs) -> Result<()> {
     if let Some(core) = args.core {
-        unibody_dataplane::reactor::pin_current(core).with_context(|| format!("core {core} can not be used"))?;
+        unibody_dataplane::reactor::pin::pin_current(core).with_context(|| format!("core {core} can not be used"))?;
     }
     let report = measure(&args)?;
     if args.json {

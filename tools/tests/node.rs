@@ -1,0 +1,183 @@
+//! A node as its users meet it: the real program, real files, real signals.
+
+mod common;
+
+use std::os::unix::fs::PermissionsExt;
+use std::time::Duration;
+
+use common::{Node, Place, fails, runs};
+
+#[test]
+fn the_demo_keeps_all_its_promises() {
+    let place = Place::new();
+    let output = runs(&["demo", "--dir", place.str("demo").as_str()]);
+    assert!(output.contains("blocks verified") && output.contains("pass an offline check"), "{output}");
+}
+
+#[test]
+fn serves_ends_cleanly_and_keeps_its_data() {
+    let place = Place::new();
+    let (a, b) = (place.disk("a.img", "256M"), place.disk("b.img", "256M"));
+    let flags = ["--disk", &a, "--disk", &b, "--state", &place.str("state"), "--volume", &place.volume("v", "size=64M,mirror=2")];
+    let node = Node::start(&flags);
+    let mode = std::fs::metadata(place.path("v.sock")).unwrap().permissions().mode();
+    assert_eq!(mode & 0o777, 0o600, "the socket is for its owner alone");
+    runs(&["bench", &place.str("v.sock"), "--fill", "--bs", "64K"]);
+    assert_eq!(node.terminate(), Some(0));
+    for disk in [&a, &b] {
+        let report: serde_json::Value = serde_json::from_str(&runs(&["disk", "check", disk, "--json"])).unwrap();
+        assert_eq!((report["verdict"].as_str(), report["closed"].as_bool()), (Some("clean"), Some(true)), "{report}");
+        assert!(report["blocks"].as_u64().unwrap() >= 64 * 256, "both copies are whole: {report}");
+    }
+    let node = Node::start(&flags);
+    runs(&["bench", &place.str("v.sock"), "--verify-only", "--bs", "64K"]);
+    node.kill();
+    let node = Node::start(&flags);
+    runs(&["bench", &place.str("v.sock"), "--verify-only", "--bs", "64K"]);
+    assert_eq!(node.terminate(), Some(0));
+}
+
+#[test]
+fn what_is_wrong_is_said_with_what_to_do() {
+    let place = Place::new();
+    let blank = place.str("blank.img");
+    std::fs::File::create(&blank).unwrap().set_len(64 << 20).unwrap();
+    let state = place.str("state");
+    let serve = |more: &[&str]| fails(&[&["serve", "--cores", "0"], more].concat());
+    let says = |text: String, what: &str| assert!(text.contains(what), "{what:?} is not said: {text}");
+    says(serve(&[]), "--disk");
+    says(serve(&["--disk", &blank]), "--state");
+    says(serve(&["--disk", &blank, "--state", &state]), "format");
+    says(serve(&["--disk", "mem:64M,color=red"]), "domain=");
+    says(serve(&["--disk", "mem:64M", "--cores", "4095"]), "core");
+    says(serve(&["--disk", "mem:64M", "--volume", "v"]), "size");
+    says(serve(&["--disk", "mem:64M", "--volume", "v,size=1M,mirror=2"]), "failure domains");
+    says(serve(&["--disk", "mem:64M", "--volume", "v,size=1M,mirror=4"]), "copies");
+    says(serve(&["--disk", "null:64M", "--disk", "null:64M", "--volume", "v,size=1M,mirror=2"]), "mirror=1");
+    let foreign = place.str("foreign.img");
+    std::fs::write(&foreign, vec![7; 64 << 20]).unwrap();
+    says(fails(&["disk", "format", &foreign]), "--force");
+    assert!(std::fs::read(&foreign).unwrap().iter().all(|&byte| byte == 7), "a refused format left the file alone");
+    says(fails(&["disk", "check", &foreign]), "");
+    says(fails(&["status", "--control", &place.str("nobody.sock")]), "unibody serve");
+    says(fails(&["bench", &place.str("nobody.sock")]), "is a node serving it?");
+}
+
+#[test]
+fn a_disk_and_a_state_belong_to_one_node() {
+    let place = Place::new();
+    let disk = place.disk("a.img", "64M");
+    let state = place.str("state");
+    let node = Node::start(&["--disk", &disk, "--state", &state]);
+    assert!(fails(&["serve", "--disk", &disk, "--state", &place.str("other")]).contains("in use"));
+    assert!(fails(&["serve", "--disk", "mem:64M", "--state", &state]).contains("in use"));
+    assert!(fails(&["disk", "check", &disk]).contains("in use"));
+    assert!(fails(&["disk", "format", &disk, "--force"]).contains("in use"));
+    assert_eq!(node.terminate(), Some(0));
+}
+
+#[test]
+fn rot_is_repaired_and_a_failing_disk_is_dropped_without_an_error() {
+    let place = Place::new();
+    let (a, b) = (place.disk("a.img", "256M"), place.disk("b.img", "256M"));
+    let state = place.str("state");
+    let node = Node::start(&[
+        "--faults", "--disk", &a, "--disk", &b, "--state", &state, "--volume", &place.volume("v", "size=64M,mirror=2"),
+    ]);
+    let socket = place.str("v.sock");
+    runs(&["bench", &socket, "--fill", "--bs", "64K", "--size", "16M"]);
+    node.run(&["disk", "fault", &a, "rot"]);
+    runs(&["bench", &socket, "--verify-only", "--bs", "4K", "--size", "16M"]);
+    let volume = &node.status()["volumes"][0];
+    assert!(volume["counters"]["read_repairs"].as_u64().unwrap() > 0, "{volume}");
+    node.run(&["disk", "fault", &a, "none"]);
+    node.run(&["disk", "fault", &b, "write-errors"]);
+    runs(&["bench", &socket, "--fill", "--bs", "64K", "--size", "16M"]);
+    runs(&["bench", &socket, "--verify-only", "--bs", "64K", "--size", "16M"]);
+    node.wait("the failing disk is out", |status| status["disks"][1]["state"] == "failed");
+    assert_eq!(node.status()["volumes"][0]["in_sync"], 1);
+    // A disk that failed by itself is tried again by itself.
+    node.wait("redundancy is back", |status| status["volumes"][0]["state"] == "healthy");
+    assert_eq!(node.terminate(), Some(0));
+}
+
+#[test]
+fn a_volume_grows_and_a_deleted_one_gives_its_space_back() {
+    let place = Place::new();
+    let node = Node::start(&["--disk", "mem:256M", "--control", &place.str("control.sock")]);
+    let free = |node: &Node| node.status()["disks"][0]["free"].as_u64().unwrap();
+    let empty = free(&node);
+    node.run(&["volume", "create", "v", "--size", "32M", "--mirror", "1", "--socket", &place.str("v.sock")]);
+    let again = node.fails(&["volume", "create", "v", "--size", "32M", "--mirror", "1"]);
+    assert!(again.contains("already"), "{again}");
+    runs(&["bench", &place.str("v.sock"), "--fill", "--bs", "64K"]);
+    assert_eq!(free(&node), empty - (32 << 20), "thin: exactly what was written");
+    let shrink = node.fails(&["volume", "resize", "v", "--size", "16M"]);
+    assert!(shrink.contains("can not shrink"), "{shrink}");
+    node.run(&["volume", "resize", "v", "--size", "100M"]);
+    runs(&["bench", &place.str("v.sock"), "--fill", "--bs", "64K"]);
+    runs(&["bench", &place.str("v.sock"), "--verify-only", "--bs", "64K"]);
+    runs(&["bench", &place.str("v.sock"), "--rw", "trim", "--bs", "64K", "--runtime", "1"]);
+    node.run(&["volume", "delete", "v"]);
+    assert!(!place.path("v.sock").exists());
+    node.wait("the space is back", |status| status["disks"][0]["free"].as_u64() == Some(empty));
+    assert_eq!(node.terminate(), Some(0));
+}
+
+#[test]
+fn a_full_disk_refuses_and_loses_nothing() {
+    let place = Place::new();
+    let node = Node::start(&[
+        "--disk", "mem:64M", "--control", &place.str("control.sock"), "--volume", &place.volume("v", "size=256M,mirror=1"),
+    ]);
+    let socket = place.str("v.sock");
+    runs(&["bench", &socket, "--fill", "--bs", "64K", "--size", "32M"]);
+    fails(&["bench", &socket, "--fill", "--bs", "64K", "--offset", "32M", "--size", "200M"]);
+    runs(&["bench", &socket, "--verify-only", "--bs", "64K", "--size", "32M"]);
+    // What fits where something was keeps fitting.
+    runs(&["bench", &socket, "--fill", "--bs", "64K", "--size", "32M"]);
+    assert!(node.status()["volumes"][0]["counters"]["errors_no_space"].as_u64().unwrap() > 0);
+    assert_eq!(node.terminate(), Some(0));
+}
+
+#[test]
+fn disks_of_two_reactors_work_together() {
+    let place = Place::new();
+    let cores = std::thread::available_parallelism().unwrap().get();
+    if cores < 2 {
+        eprintln!("SKIPPED disks_of_two_reactors_work_together: it needs two cores");
+        return;
+    }
+    let node = Node::start(&[
+        "--cores", "0,1", "--disk", "mem:128M", "--disk", "mem:128M", "--control", &place.str("control.sock"), "--volume",
+        &place.volume("v", "size=64M,mirror=2"), "--volume", &place.volume("w", "size=64M,mirror=2"),
+    ]);
+    for socket in [place.str("v.sock"), place.str("w.sock")] {
+        runs(&["bench", &socket, "--fill", "--bs", "64K"]);
+        runs(&["bench", &socket, "--rw", "randrw", "--verify", "--runtime", "1", "--iodepth", "8"]);
+        runs(&["bench", &socket, "--verify-only", "--bs", "128K"]);
+    }
+    assert_eq!(node.terminate(), Some(0));
+}
+
+#[test]
+fn an_idle_node_sleeps() {
+    let place = Place::new();
+    let mut flags = vec!["--disk".to_owned(), "mem:128M".to_owned(), "--control".to_owned(), place.str("control.sock")];
+    for number in 0..50 {
+        flags.extend(["--volume".to_owned(), place.volume(&format!("v{number}"), "size=1M,mirror=1")]);
+    }
+    let flags: Vec<&str> = flags.iter().map(String::as_str).collect();
+    let node = Node::start(&flags);
+    runs(&["bench", &place.str("v7.sock"), "--runtime", "0.5", "--ramp", "0"]);
+    std::thread::sleep(Duration::from_millis(500));
+    let turns = |node: &Node| node.status()["reactors"][0]["counters"]["turns"].as_u64().unwrap();
+    let before = turns(&node);
+    std::thread::sleep(Duration::from_secs(2));
+    let after = turns(&node);
+    // Two ticks a second, the two status requests, and the few turns of polling after each. A polling loop makes millions.
+    assert!(after - before < 100_000, "{} turns in 2 s without work", after - before);
+    // The first kick wakes it.
+    runs(&["bench", &place.str("v7.sock"), "--runtime", "0.2", "--ramp", "0"]);
+    assert_eq!(node.terminate(), Some(0));
+}
