@@ -6,9 +6,12 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 use unibody_tests::guest::backend::StorageDaemon;
-use unibody_tests::guest::{GuestVolume, LinuxGuest, LinuxOptions, tool};
+use unibody_tests::guest::{GuestVolume, LinuxGuest, LinuxOptions, pvh, tool, wait_until};
+use unibody_vmm_adapter::{
+    CloudHypervisor, Phase, Qemu, RuntimeRoot, Stopped, VmSpec, Vmm, VmmError, VmmKind, VolumeSpec, swap,
+};
 
 const SHORT: Duration = Duration::from_secs(60);
 const LONG: Duration = Duration::from_secs(300);
@@ -85,5 +88,140 @@ fn a_linux_guest_makes_a_file_system_and_its_content_is_verified() -> Result<()>
         bytes.windows(9).any(|window| window == b"the-token"),
         "what the guest wrote is not in the image"
     );
+    Ok(())
+}
+
+/// One VM with one disk and our tiny kernel; killed when dropped, under whichever VMM it runs.
+struct Bench {
+    dir: tempfile::TempDir,
+    root: RuntimeRoot,
+    daemon: StorageDaemon,
+    kernel: PathBuf,
+}
+
+impl Bench {
+    fn new() -> Result<Self> {
+        let dir = tempfile::tempdir()?;
+        let image = image(dir.path(), 64 << 20)?;
+        let daemon = StorageDaemon::start(&image, &dir.path().join("disk.sock"), 1)?;
+        let root = RuntimeRoot::new(dir.path().join("run"));
+        Ok(Bench {
+            root,
+            daemon,
+            kernel: pvh::build(&cache())?,
+            dir,
+        })
+    }
+
+    /// The VM, to do `work`; each has a serial log of its own.
+    fn spec(&self, work: &str) -> Result<VmSpec> {
+        let (kernel, socket) = (self.kernel.display(), self.daemon.socket().display());
+        let log = self.serial(work);
+        Ok(VmSpec::parse(&format!(
+            "name = 'tiny'\nmemory = '64M'\nserial_log = '{}'\n[boot]\nkernel = '{kernel}'\ncmdline = '{work}'\n\
+             [[volumes]]\nname = 'root'\nsocket = '{socket}'\n",
+            log.display()
+        ))?)
+    }
+
+    fn serial(&self, work: &str) -> PathBuf {
+        self.dir.path().join(format!("{}.serial", work.replace(' ', "-")))
+    }
+
+    /// Starts the VM, takes its verdict and waits until it has powered itself off.
+    fn work(&self, vmm: &dyn Vmm, work: &str) -> Result<String> {
+        let log = self.serial(work);
+        if log.exists() {
+            std::fs::remove_file(&log)?;
+        }
+        for notice in vmm.start(&self.spec(work)?)?.notices {
+            eprintln!("{}: {notice}", vmm.kind());
+        }
+        let verdict = pvh::verdict(&log, LONG);
+        ensure!(
+            verdict.is_err()
+                || wait_until(SHORT, || vmm
+                    .status("tiny")
+                    .is_ok_and(|status| status.phase == Phase::Stopped)),
+            "{} did not end after its guest powered off",
+            vmm.kind()
+        );
+        vmm.kill("tiny")?;
+        verdict
+    }
+}
+
+impl Drop for Bench {
+    fn drop(&mut self) {
+        for kind in VmmKind::ALL {
+            // It runs under one of them at most; the other refuses.
+            let _ = kind.adapter(self.root.clone()).kill("tiny");
+        }
+    }
+}
+
+/// Says aloud that a test did nothing, and what would let it.
+fn usable(vmm: &dyn Vmm, test: &str) -> bool {
+    match vmm.probe() {
+        Ok(probe) => {
+            eprintln!("{test}: {} ({})", probe.version, probe.accel_reason);
+            true
+        }
+        Err(error) => {
+            eprintln!("SKIPPED {test}: {error}");
+            false
+        }
+    }
+}
+
+fn proves_content(vmm: &dyn Vmm, bench: &Bench) -> Result<()> {
+    let wrote = bench.work(vmm, "write one")?;
+    ensure!(wrote.starts_with("wrote "), "{wrote}");
+    let verified = bench.work(vmm, "verify one")?;
+    ensure!(
+        verified.replace("verified", "wrote") == wrote,
+        "{verified} is another token than {wrote}"
+    );
+    let other = bench
+        .work(vmm, "verify two")
+        .err()
+        .context("a guest that finds another token must fail")?;
+    ensure!(other.to_string().contains("content differs"), "{other}");
+    Ok(())
+}
+
+#[test]
+fn the_tiny_guest_proves_a_disk_under_qemu() -> Result<()> {
+    let bench = Bench::new()?;
+    proves_content(&Qemu::new(bench.root.clone()), &bench)
+}
+
+#[test]
+fn the_tiny_guest_proves_a_disk_under_cloud_hypervisor() -> Result<()> {
+    let bench = Bench::new()?;
+    let vmm = CloudHypervisor::new(bench.root.clone());
+    if !usable(&vmm, "the_tiny_guest_proves_a_disk_under_cloud_hypervisor") {
+        return Ok(());
+    }
+    proves_content(&vmm, &bench)
+}
+
+#[test]
+fn a_vm_goes_to_the_other_vmm_and_back_with_its_disk() -> Result<()> {
+    let bench = Bench::new()?;
+    let (qemu, cloud) = (
+        Qemu::new(bench.root.clone()),
+        CloudHypervisor::new(bench.root.clone()),
+    );
+    if !usable(&cloud, "a_vm_goes_to_the_other_vmm_and_back_with_its_disk") {
+        return Ok(());
+    }
+    bench.work(&qemu, "write there")?;
+    swap(&bench.spec("verify there")?, &qemu, &cloud, SHORT)?;
+    pvh::verdict(&bench.serial("verify there"), LONG)?;
+    cloud.kill("tiny")?;
+    bench.work(&cloud, "write back")?;
+    swap(&bench.spec("verify back")?, &cloud, &qemu, SHORT)?;
+    pvh::verdict(&bench.serial("verify back"), LONG)?;
     Ok(())
 }

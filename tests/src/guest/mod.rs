@@ -12,6 +12,7 @@ pub mod backend;
 mod cpio;
 mod kernel;
 mod linux;
+pub mod pvh;
 
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output};
