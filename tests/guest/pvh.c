@@ -1,5 +1,6 @@
 /* A guest of a few KiB that proves a virtio-blk disk: `write TOKEN` on its command line writes blocks derived from the token,
    flushes, and reads them back; `verify TOKEN` only reads. The verdict is one line on the serial port, then it powers off.
+   `hold TOKEN` is `write` without the power-off: a VM that stays, and that ignores the power button.
 
    It does as little as it can, because it also has to run where the processor is emulated instruction by instruction: no
    interrupts (the used ring is polled), one queue, one request at a time, 4 blocks of 4 KiB at places apart from each other.
@@ -247,9 +248,14 @@ void guest_main(const u32 *info)
     if (info[0] != 0x336ec578) fail("no start info", info[0]);
     while (*line == ' ') line++;
     const char *token = after(line, "write ");
+    u32 holds = 0;
+    if (!token) {
+        token = after(line, "hold ");
+        holds = token != 0;
+    }
     u32 writes = token != 0;
     if (!token) token = after(line, "verify ");
-    if (!token) fail("the command line must be `write TOKEN` or `verify TOKEN`", 0);
+    if (!token) fail("the command line must be `write`, `hold` or `verify` and a token", 0);
     u32 seed = 2166136261u;
     for (const char *c = token; *c && *c != ' '; c++) seed = (seed ^ (u8)*c) * 16777619u;
 
@@ -267,5 +273,6 @@ void guest_main(const u32 *info)
     put(writes ? "wrote " : "verified ");
     put_hex(seed);
     put("\n");
+    while (holds) __asm__ volatile("cli; hlt");
     power_off();
 }

@@ -21,7 +21,11 @@ fn cache() -> PathBuf {
 }
 
 fn image(dir: &Path, bytes: u64) -> Result<PathBuf> {
-    let path = dir.join("disk.img");
+    image_named(dir, "disk.img", bytes)
+}
+
+fn image_named(dir: &Path, name: &str, bytes: u64) -> Result<PathBuf> {
+    let path = dir.join(name);
     File::create(&path)?.set_len(bytes)?;
     Ok(path)
 }
@@ -216,12 +220,108 @@ fn a_vm_goes_to_the_other_vmm_and_back_with_its_disk() -> Result<()> {
     if !usable(&cloud, "a_vm_goes_to_the_other_vmm_and_back_with_its_disk") {
         return Ok(());
     }
-    bench.work(&qemu, "write there")?;
-    swap(&bench.spec("verify there")?, &qemu, &cloud, SHORT)?;
+    let (there, back): (&dyn Vmm, &dyn Vmm) = (&cloud, &qemu);
+    qemu.start(&bench.spec("hold there")?)?;
+    pvh::verdict(&bench.serial("hold there"), LONG)?;
+    let (stopped, _) = swap(&bench.spec("verify there")?, back, there, Duration::from_secs(1))?;
+    ensure!(
+        stopped == Stopped::Killed,
+        "a guest that ignores its power button must be killed, not {stopped:?}"
+    );
     pvh::verdict(&bench.serial("verify there"), LONG)?;
     cloud.kill("tiny")?;
-    bench.work(&cloud, "write back")?;
-    swap(&bench.spec("verify back")?, &cloud, &qemu, SHORT)?;
+    cloud.start(&bench.spec("hold back")?)?;
+    pvh::verdict(&bench.serial("hold back"), LONG)?;
+    swap(&bench.spec("verify back")?, there, back, Duration::from_secs(1))?;
     pvh::verdict(&bench.serial("verify back"), LONG)?;
     Ok(())
+}
+
+/// The life of a VM under one VMM, each step through an adapter made anew, as a new command would.
+fn lives(kind: VmmKind) -> Result<()> {
+    let bench = Bench::new()?;
+    let vmm = || kind.adapter(RuntimeRoot::new(bench.root.path()));
+    let phase = || vmm().status("tiny").map(|status| status.phase);
+    ensure!(phase()? == Phase::Stopped);
+    ensure!(vmm().stop("tiny", SHORT)? == Stopped::WasNotRunning);
+    ensure!(matches!(vmm().pause("tiny"), Err(VmmError::NotRunning { .. })));
+
+    let spec = bench.spec("hold x")?;
+    let process = vmm().start(&spec)?.process;
+    pvh::verdict(&bench.serial("hold x"), LONG)?;
+    ensure!(phase()? == Phase::Running, "{:?}", phase()?);
+    ensure!(unibody_vmm_adapter::find(&bench.root, "tiny")?.is_some_and(|found| found.kind() == kind));
+    for other in VmmKind::ALL {
+        let refused = other.adapter(bench.root.clone()).start(&spec);
+        ensure!(
+            matches!(
+                refused,
+                Err(VmmError::AlreadyRunning { .. } | VmmError::NoBinary { .. })
+            ),
+            "a second start under {other}: {refused:?}"
+        );
+    }
+    vmm().pause("tiny")?;
+    ensure!(phase()? == Phase::Paused);
+    vmm().resume("tiny")?;
+    ensure!(phase()? == Phase::Running);
+
+    let more = image_named(bench.dir.path(), "more.img", 16 << 20)?;
+    let daemon = StorageDaemon::start(&more, &bench.dir.path().join("more.sock"), 1)?;
+    let volume = |name: &str, socket: &Path| VolumeSpec {
+        name: name.to_owned(),
+        socket: socket.to_path_buf(),
+        queues: 1,
+        readonly: false,
+    };
+    let nobody = vmm().add_volume("tiny", &volume("more", &bench.dir.path().join("nobody.sock")));
+    ensure!(matches!(nobody, Err(VmmError::Volume { .. })), "{nobody:?}");
+    vmm().add_volume("tiny", &volume("more", daemon.socket()))?;
+    ensure!(
+        bench.root.spec("tiny")?.volumes.len() == 2,
+        "the kept specification must know the new volume"
+    );
+    ensure!(
+        vmm()
+            .add_volume("tiny", &volume("more", daemon.socket()))
+            .is_err(),
+        "twice the same volume"
+    );
+    let none = vmm().remove_volume("tiny", "none", SHORT);
+    ensure!(matches!(none, Err(VmmError::Volume { .. })), "{none:?}");
+    let kept = vmm()
+        .remove_volume("tiny", "more", Duration::from_secs(2))
+        .err()
+        .context("this guest lets go of nothing")?;
+    ensure!(kept.to_string().contains("did not let go"), "{kept}");
+    ensure!(bench.root.spec("tiny")?.volumes.len() == 2);
+
+    ensure!(process.is_alive());
+    ensure!(vmm().stop("tiny", Duration::from_secs(1))? == Stopped::Killed);
+    ensure!(!process.is_alive() && phase()? == Phase::Stopped);
+
+    let mut broken = bench.spec("hold x")?;
+    broken.volumes[0].queues = 9;
+    let failed = vmm().start(&broken).err().context("the back end offers one queue, not nine")?;
+    eprintln!("{kind} refuses: {failed}");
+    ensure!(
+        phase()? == Phase::Stopped,
+        "a failed start must leave nothing behind"
+    );
+    Ok(())
+}
+
+#[test]
+fn a_vm_lives_under_qemu() -> Result<()> {
+    lives(VmmKind::Qemu)
+}
+
+#[test]
+fn a_vm_lives_under_cloud_hypervisor() -> Result<()> {
+    let vmm = VmmKind::CloudHypervisor.adapter(RuntimeRoot::from_env());
+    if usable(&*vmm, "a_vm_lives_under_cloud_hypervisor") {
+        lives(vmm.kind())
+    } else {
+        Ok(())
+    }
 }
