@@ -302,7 +302,10 @@ fn lives(kind: VmmKind) -> Result<()> {
 
     let mut broken = bench.spec("hold x")?;
     broken.volumes[0].queues = 9;
-    let failed = vmm().start(&broken).err().context("the back end offers one queue, not nine")?;
+    let failed = vmm()
+        .start(&broken)
+        .err()
+        .context("the back end offers one queue, not nine")?;
     eprintln!("{kind} refuses: {failed}");
     ensure!(
         phase()? == Phase::Stopped,

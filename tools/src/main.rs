@@ -5,6 +5,7 @@ mod demo;
 mod disk;
 mod output;
 mod serve;
+mod vm;
 mod volume;
 
 use std::path::PathBuf;
@@ -32,6 +33,9 @@ enum Command {
     /// Create, list, resize and delete volumes.
     #[command(subcommand)]
     Volume(volume::VolumeCommand),
+    /// Start, stop, watch and swap virtual machines.
+    #[command(subcommand)]
+    Vm(vm::VmCommand),
     /// Put load on volumes and measure, or write and verify their contents.
     Bench(bench::BenchArgs),
     /// Show all of it on this machine: disks, a volume, load, a failure, healing, verification.
@@ -66,6 +70,7 @@ fn main() -> ExitCode {
         Command::Status(args) => output::status(&args.node, args.json).map(|()| ExitCode::SUCCESS),
         Command::Disk(command) => disk::run(command),
         Command::Volume(command) => volume::run(command).map(|()| ExitCode::SUCCESS),
+        Command::Vm(command) => vm::run(command).map(|()| ExitCode::SUCCESS),
         Command::Bench(args) => bench::run(args).map(|()| ExitCode::SUCCESS),
         Command::Demo(args) => demo::run(args).map(|()| ExitCode::SUCCESS),
     };
