@@ -73,7 +73,7 @@ impl World {
             .map(|n| (n.uuid, n.store.is_some(), n.up, n.gone, n.failed, n.store.as_ref().map(|s| s.idle())))
             .collect();
         format!(
-            "not in order {HEAL_MS} ms after the faults ended: operations {ops:?}, disks {disks:?}, mirror {:?}, slots {:?}",
+            "not in order {HEAL_MS} ms after the faults ended: operations {ops:?}, mirror {:?}, slots {:?}, disks {disks:?}",
             self.mirror.as_ref().map(|mirror| mirror.status()),
             self.config().chunks
         )
