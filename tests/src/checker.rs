@@ -46,13 +46,27 @@ pub struct Checker {
 
 impl Checker {
     fn unit(&mut self, unit: u64) -> &mut Vec<Value> {
-        let first = Value { id: 0, begun: 0, acked: 0, ended: NEVER, dead: NEVER, for_good: false };
+        let first = Value {
+            id: 0,
+            begun: 0,
+            acked: 0,
+            ended: NEVER,
+            dead: NEVER,
+            for_good: false,
+        };
         self.units.entry(unit).or_insert_with(|| vec![first])
     }
 
     /// A write of `id` was submitted.
     pub fn begin(&mut self, unit: u64, id: u64, now: u64) {
-        let value = Value { id, begun: now, acked: NEVER, ended: NEVER, dead: NEVER, for_good: false };
+        let value = Value {
+            id,
+            begun: now,
+            acked: NEVER,
+            ended: NEVER,
+            dead: NEVER,
+            for_good: false,
+        };
         self.unit(unit).push(value);
     }
 
@@ -81,7 +95,12 @@ impl Checker {
     /// A flush that began at `begun` was acknowledged.
     pub fn flushed(&mut self, begun: u64) {
         for values in self.units.values_mut() {
-            let last = values.iter().filter(|v| v.acked < begun).map(|v| v.begun).max().unwrap_or(0);
+            let last = values
+                .iter()
+                .filter(|v| v.acked < begun)
+                .map(|v| v.begun)
+                .max()
+                .unwrap_or(0);
             for v in values.iter_mut() {
                 v.for_good |= v.over() < last && v.dead < NEVER;
             }

@@ -15,7 +15,10 @@ const SEEDS: Range<u64> = 0..2_000;
 
 /// Seeds that found a bug once, with what it was.
 const KEPT: &[(u64, &str)] = &[
-    (18, "a second replica's bad block was read over the first one's good one"),
+    (
+        18,
+        "a second replica's bad block was read over the first one's good one",
+    ),
     (31, "a suspect replica was rebuilt for ever"),
     (55, "a flush waited for ever for a disk that had nothing to flush"),
 ];
@@ -63,7 +66,9 @@ const PROBES: &[&str] = &[
 ];
 
 fn seeds() -> Range<u64> {
-    let Ok(text) = std::env::var("UNIBODY_SEEDS") else { return SEEDS };
+    let Ok(text) = std::env::var("UNIBODY_SEEDS") else {
+        return SEEDS;
+    };
     let number = |text: &str| text.parse().expect("UNIBODY_SEEDS is a number or from..to");
     match text.split_once("..") {
         Some((from, to)) => number(from)..number(to),
@@ -93,13 +98,15 @@ fn tell(seed: u64, run: &Run) -> Option<String> {
     let error = run.verdict.as_ref().err()?;
     let error: String = error.chars().take(1_500).collect();
     Some(format!(
-        "seed {seed}: {error}\n  replay: UNIBODY_SEED={seed} UNIBODY_TRACE=1 cargo test -p unibody-tests --test simulator replay -- --nocapture"
+        "seed {seed}: {error}\n  replay: UNIBODY_SEED={seed} UNIBODY_TRACE=1 cargo test -p unibody-tests --test simulator -- --exact replay --nocapture"
     ))
 }
 
 #[test]
 fn replay() {
-    let Ok(seed) = std::env::var("UNIBODY_SEED") else { return };
+    let Ok(seed) = std::env::var("UNIBODY_SEED") else {
+        return;
+    };
     let seed = seed.parse().expect("UNIBODY_SEED is a number");
     println!("{:?}", Profile::draw(seed));
     let run = sim::run_seed(seed, std::env::var("UNIBODY_TRACE").is_ok());
@@ -119,7 +126,9 @@ fn no_seed_finds_anything_and_every_seed_replays() {
             totals.2.push((seed, text));
         }
         if run != again {
-            totals.2.push((seed, format!("seed {seed} does not replay: its traces differ")));
+            totals
+                .2
+                .push((seed, format!("seed {seed} does not replay: its traces differ")));
         }
         totals.0.events += run.stats.events;
         totals.0.ops += run.stats.ops;
@@ -140,7 +149,10 @@ fn no_seed_finds_anything_and_every_seed_replays() {
     let names: Vec<u64> = failed.iter().map(|(seed, _)| *seed).collect();
     assert!(failed.is_empty(), "{} seeds failed: {names:?}", failed.len());
     if seeds.end - seeds.start >= 1_000 {
-        let missed: Vec<_> = PROBES.iter().filter(|probe| seen.get(*probe).is_none_or(|&n| n == 0)).collect();
+        let missed: Vec<_> = PROBES
+            .iter()
+            .filter(|probe| seen.get(*probe).is_none_or(|&n| n == 0))
+            .collect();
         assert!(missed.is_empty(), "never reached: {missed:?}");
     }
 }
@@ -149,7 +161,11 @@ fn no_seed_finds_anything_and_every_seed_replays() {
 fn seeds_that_found_something_once() {
     for &(seed, what) in KEPT {
         let run = sim::run_seed(seed, false);
-        assert!(run.verdict.is_ok(), "{what}: {}", tell(seed, &run).unwrap_or_default());
+        assert!(
+            run.verdict.is_ok(),
+            "{what}: {}",
+            tell(seed, &run).unwrap_or_default()
+        );
     }
 }
 
@@ -158,8 +174,17 @@ fn runs_without_faults_have_no_errors() {
     over(0..40, |seed| {
         let run = sim::guarded(move || sim::run(Profile::calm(seed), false));
         assert!(run.verdict.is_ok(), "{}", tell(seed, &run).unwrap_or_default());
-        let room = run.stats.seen.get("operations without room").copied().unwrap_or(0);
-        assert!(run.stats.ops_failed == 0 || room > 0, "seed {seed}: {:?}", run.stats);
+        let room = run
+            .stats
+            .seen
+            .get("operations without room")
+            .copied()
+            .unwrap_or(0);
+        assert!(
+            run.stats.ops_failed == 0 || room > 0,
+            "seed {seed}: {:?}",
+            run.stats
+        );
     });
 }
 

@@ -77,7 +77,9 @@ fn gather(data: Payload, len: usize) -> Vec<u8> {
     let mut bytes = Vec::with_capacity(len);
     // SAFETY: the store keeps the memory of an I/O until its completion, which has not been handed over yet; one thread.
     let missing = unsafe {
-        data.pieces(len, |ptr, n| bytes.extend_from_slice(std::slice::from_raw_parts(ptr, n)))
+        data.pieces(len, |ptr, n| {
+            bytes.extend_from_slice(std::slice::from_raw_parts(ptr, n))
+        })
     };
     assert_eq!(missing, 0, "the memory of a write is as long as the write");
     bytes
@@ -146,7 +148,16 @@ impl VirtualDisk {
         };
         self.serial += 1;
         let covers = self.order;
-        self.flying.insert(self.serial, Flying { token, io, early, covers, mishap });
+        self.flying.insert(
+            self.serial,
+            Flying {
+                token,
+                io,
+                early,
+                covers,
+                mishap,
+            },
+        );
         self.serial
     }
 
@@ -157,16 +168,24 @@ impl VirtualDisk {
 
     /// Whether the I/O is a flush that will fail and lose what it was to save.
     pub fn forgets(&self, serial: u64) -> bool {
-        self.flying.get(&serial).is_some_and(|f| f.io == Io::Flush && f.mishap.is_some() && self.volatile)
+        self.flying
+            .get(&serial)
+            .is_some_and(|f| f.io == Io::Flush && f.mishap.is_some() && self.volatile)
     }
 
     fn put(&mut self, block: u64, data: Content) {
-        let Some(there) = self.now.get_mut(block as usize) else { return };
+        let Some(there) = self.now.get_mut(block as usize) else {
+            return;
+        };
         self.unreadable.remove(&block);
         *there = data.clone();
         self.order += 1;
         if self.volatile {
-            self.cached.push(Cached { order: self.order, block, data });
+            self.cached.push(Cached {
+                order: self.order,
+                block,
+                data,
+            });
         }
     }
 
@@ -176,11 +195,17 @@ impl VirtualDisk {
             Io::Write { offset, len, data } => {
                 let bytes = flying.early.clone().unwrap_or_else(|| gather(data, len as usize));
                 let first = offset / BLOCK as u64;
-                bytes.chunks(BLOCK).enumerate().map(|(i, b)| (first + i as u64, content(b))).collect()
+                bytes
+                    .chunks(BLOCK)
+                    .enumerate()
+                    .map(|(i, b)| (first + i as u64, content(b)))
+                    .collect()
             }
             Io::WriteZeroes { offset, len } => {
                 let first = offset / BLOCK as u64;
-                (first..first + u64::from(len) / BLOCK as u64).map(|b| (b, None)).collect()
+                (first..first + u64::from(len) / BLOCK as u64)
+                    .map(|b| (b, None))
+                    .collect()
             }
             Io::Read { .. } | Io::Verify { .. } | Io::Flush => Vec::new(),
         }
@@ -200,7 +225,11 @@ impl VirtualDisk {
     pub fn complete(&mut self, serial: u64, random: &mut Random) -> Completion {
         let flying = self.flying.remove(&serial).expect("an I/O ends once");
         self.done += 1;
-        let mut completion = Completion { token: flying.token, result: Ok(()), crcs: [0; 16] };
+        let mut completion = Completion {
+            token: flying.token,
+            result: Ok(()),
+            crcs: [0; 16],
+        };
         if let Some(Mishap::Fails(error)) = flying.mishap {
             completion.result = Err(error);
             if flying.io == Io::Flush {
@@ -332,7 +361,9 @@ impl VirtualDisk {
 
     /// Flips a bit of a block that holds something. False: it holds nothing.
     pub fn rot(&mut self, block: u64, random: &mut Random) -> bool {
-        let Some(data) = self.now[block as usize].clone() else { return false };
+        let Some(data) = self.now[block as usize].clone() else {
+            return false;
+        };
         let mut bytes = *data;
         let bit = random.below(BLOCK as u64 * 8) as usize;
         bytes[bit / 8] ^= 1 << (bit % 8);
@@ -350,7 +381,9 @@ impl VirtualDisk {
 
     /// The blocks that hold something, in order.
     pub fn used(&self) -> Vec<u64> {
-        (0..self.blocks()).filter(|&b| self.now[b as usize].is_some()).collect()
+        (0..self.blocks())
+            .filter(|&b| self.now[b as usize].is_some())
+            .collect()
     }
 
     /// The disk is gone after that many further calls of [`BlockIo`]; `None`: never.

@@ -37,7 +37,11 @@ pub struct Run {
 pub fn run(profile: Profile, trace: bool) -> Run {
     let mut world = World::new(profile, trace);
     let verdict = world.run();
-    Run { verdict, stats: world.stats.clone(), trace: world.hash() }
+    Run {
+        verdict,
+        stats: world.stats.clone(),
+        trace: world.hash(),
+    }
 }
 
 /// Runs a seed; a panic in the code under test is a violation like others.

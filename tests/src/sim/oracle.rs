@@ -62,7 +62,11 @@ impl World {
     }
 
     fn all_in_sync(&self) -> bool {
-        self.config().chunks.iter().flatten().all(|slot| slot.state == SlotState::InSync)
+        self.config()
+            .chunks
+            .iter()
+            .flatten()
+            .all(|slot| slot.state == SlotState::InSync)
     }
 
     fn ailing(&self) -> String {
@@ -70,7 +74,16 @@ impl World {
         let disks: Vec<_> = self
             .nodes
             .iter()
-            .map(|n| (n.uuid, n.store.is_some(), n.up, n.gone, n.failed, n.store.as_ref().map(|s| s.idle())))
+            .map(|n| {
+                (
+                    n.uuid,
+                    n.store.is_some(),
+                    n.up,
+                    n.gone,
+                    n.failed,
+                    n.store.as_ref().map(|s| s.idle()),
+                )
+            })
             .collect();
         format!(
             "not in order {HEAL_MS} ms after the faults ended: operations {ops:?}, mirror {:?}, slots {:?}, disks {disks:?}",
@@ -81,7 +94,12 @@ impl World {
 
     /// Every block that was ever touched, against its history.
     fn read_everything(&mut self) -> Checked {
-        let mut blocks: Vec<u64> = self.checker.touched().iter().map(|sector| sector / SECTORS).collect();
+        let mut blocks: Vec<u64> = self
+            .checker
+            .touched()
+            .iter()
+            .map(|sector| sector / SECTORS)
+            .collect();
         blocks.dedup();
         let mut at = 0;
         while at < blocks.len() {
@@ -89,7 +107,12 @@ impl World {
             while end < blocks.len() && end - at < 16 && blocks[end] == blocks[end - 1] + 1 {
                 end += 1;
             }
-            self.begin(0, OpKind::Read, blocks[at] * SECTORS, (blocks[end - 1] + 1) * SECTORS)?;
+            self.begin(
+                0,
+                OpKind::Read,
+                blocks[at] * SECTORS,
+                (blocks[end - 1] + 1) * SECTORS,
+            )?;
             let until = self.now + 60_000_000;
             while self.guest.ops.contains_key(&0) {
                 self.step()?;
@@ -105,10 +128,16 @@ impl World {
     /// Asks a store directly.
     fn ask(&mut self, node: usize, request: Request) -> Result<Reply, String> {
         let config = self.config();
-        let header = Header { volume: config.id, generation: config.generation, stable: Version::ZERO };
+        let header = Header {
+            volume: config.id,
+            generation: config.generation,
+            stable: Version::ZERO,
+        };
         self.tag += 1;
         let tag = self.tag;
-        self.nodes[node].tags.insert(tag, (u64::MAX, unibody_dataplane::mirror::RequestId(0)));
+        self.nodes[node]
+            .tags
+            .insert(tag, (u64::MAX, unibody_dataplane::mirror::RequestId(0)));
         self.asked = None;
         self.store(node, |store, out| store.submit(Tag(tag), header, request, out))?;
         let until = self.now + 60_000_000;
@@ -126,24 +155,49 @@ impl World {
     /// In-sync replicas hold the same, and what they hold is sound.
     fn compare(&mut self) -> Checked {
         let config = self.config();
-        let layout: Vec<(u32, u64)> = self.checker.touched().iter().map(|s| config.geometry.locate(s * 512)).collect();
+        let layout: Vec<(u32, u64)> = self
+            .checker
+            .touched()
+            .iter()
+            .map(|s| config.geometry.locate(s * 512))
+            .collect();
         let mut regions: Vec<(u32, u8)> = layout.iter().map(|&(c, at)| (c, (at >> 20) as u8)).collect();
         regions.sort_unstable();
         regions.dedup();
         for (chunk, region) in regions {
             assert!(usize::from(region) < REGIONS_PER_CHUNK);
             let mut first: Option<(usize, Vec<ExtentImage>)> = None;
-            for slot in config.chunks[chunk as usize].iter().filter(|slot| slot.state == SlotState::InSync) {
+            for slot in config.chunks[chunk as usize]
+                .iter()
+                .filter(|slot| slot.state == SlotState::InSync)
+            {
                 let node = self.node(slot.disk).ok_or("a slot on an unknown disk")?;
-                let key = ChunkKey { volume: config.id, layer: config.head, chunk };
-                let chunk = ChunkRef { key, incarnation: slot.incarnation };
+                let key = ChunkKey {
+                    volume: config.id,
+                    layer: config.head,
+                    chunk,
+                };
+                let chunk = ChunkRef {
+                    key,
+                    incarnation: slot.incarnation,
+                };
                 let verify = self.profile.damage == Damage::None;
-                let reply = self.ask(node, Request::Digest { chunk, region, verify })?;
+                let reply = self.ask(
+                    node,
+                    Request::Digest {
+                        chunk,
+                        region,
+                        verify,
+                    },
+                )?;
                 let Reply::Digest { extents, .. } = &reply else {
                     return Err(format!("disk {node} answers a digest with {}", brief(&reply)));
                 };
                 if verify && extents.iter().any(|extent| extent.bad != 0) {
-                    return Err(format!("disk {node} has bad blocks after healing: {}", brief(&reply)));
+                    return Err(format!(
+                        "disk {node} has bad blocks after healing: {}",
+                        brief(&reply)
+                    ));
                 }
                 let images: Vec<_> = extents
                     .iter()
@@ -173,7 +227,11 @@ impl World {
     fn close_and_check(&mut self) -> Checked {
         self.mirror(|mirror, out| mirror.detach(out))?;
         let until = self.now + 60_000_000;
-        while self.mirror.as_ref().is_some_and(|mirror| mirror.phase() != Phase::Detached) {
+        while self
+            .mirror
+            .as_ref()
+            .is_some_and(|mirror| mirror.phase() != Phase::Detached)
+        {
             self.step()?;
             if self.now > until {
                 return Err("the volume does not detach".into());

@@ -2,7 +2,7 @@
 
 use unibody_control::planner;
 use unibody_control::state::{Applied, Command};
-use unibody_dataplane::config::SlotState;
+use unibody_dataplane::config::{Slot, SlotState};
 use unibody_dataplane::ids::PowerId;
 use unibody_dataplane::mirror::{Limits, Mirror, Phase};
 use unibody_dataplane::store::{OpenOptions, Store, layout::Layout};
@@ -49,7 +49,10 @@ impl World {
 
     /// Opens a disk and tells the mirror, if there is one.
     pub(super) fn open_disk(&mut self, node: usize) -> Checked {
-        let (boot, crashing) = (self.new_boot(), self.faulty && self.random.one_in(self.profile.open_crash));
+        let (boot, crashing) = (
+            self.new_boot(),
+            self.faulty && self.random.one_in(self.profile.open_crash),
+        );
         let calls = self.random.below(120);
         let there = &mut self.nodes[node];
         if there.gone || there.store.is_some() {
@@ -58,7 +61,11 @@ impl World {
         there.boot += 1;
         there.line += 1;
         there.disk.set_fuse(crashing.then_some(calls));
-        let options = OpenOptions { boot, power: there.power, cache_bytes: self.profile.cache_bytes };
+        let options = OpenOptions {
+            boot,
+            power: there.power,
+            cache_bytes: self.profile.cache_bytes,
+        };
         let opened = Store::open(&mut there.disk, &options);
         let blown = there.disk.blown();
         there.disk.set_fuse(None);
@@ -68,7 +75,13 @@ impl World {
                 (there.up, there.cut, there.failed, there.batched) = (true, false, false, false);
                 there.tags.clear();
                 note!(self, "open {node} {report:?}");
-                self.mark(&[7, self.now, node as u64, report.replayed_blocks, report.in_doubt_regions]);
+                self.mark(&[
+                    7,
+                    self.now,
+                    node as u64,
+                    report.replayed_blocks,
+                    report.in_doubt_regions,
+                ]);
                 self.add("journal blocks replayed", report.replayed_blocks);
                 self.add("regions in doubt", report.in_doubt_regions);
                 self.add("clean openings", u64::from(report.clean));
@@ -208,7 +221,8 @@ impl World {
             there.store = None;
             there.boot += 1;
             there.line += 1;
-            (there.up, there.cut, there.stuck, there.failed, there.batched) = (false, false, false, false, false);
+            (there.up, there.cut, there.stuck, there.failed, there.batched) =
+                (false, false, false, false, false);
             there.tags.clear();
         }
         self.mirror = None;
@@ -230,7 +244,12 @@ impl World {
 
     /// A clean restart begins.
     fn leave(&mut self) -> Checked {
-        if self.leaving > 0 || self.mirror.as_ref().is_none_or(|mirror| mirror.phase() != Phase::Serving) {
+        if self.leaving > 0
+            || self
+                .mirror
+                .as_ref()
+                .is_none_or(|mirror| mirror.phase() != Phase::Serving)
+        {
             return Ok(());
         }
         self.count("clean restart");
@@ -244,7 +263,10 @@ impl World {
         if owner != self.owner {
             return Ok(());
         }
-        let detached = self.mirror.as_ref().is_some_and(|mirror| mirror.phase() == Phase::Detached);
+        let detached = self
+            .mirror
+            .as_ref()
+            .is_some_and(|mirror| mirror.phase() == Phase::Detached);
         if detached && self.leaving == 1 {
             self.leaving = 2;
             for node in 0..self.nodes.len() {
@@ -253,10 +275,20 @@ impl World {
         }
         let closed = self.nodes.iter().all(|node| node.store.is_none() || node.failed);
         if detached && closed && self.leaving == 2 || patience == 0 {
-            self.count(if patience == 0 { "impatient restart" } else { "closed" });
+            self.count(if patience == 0 {
+                "impatient restart"
+            } else {
+                "closed"
+            });
             return self.crash(false, false);
         }
-        self.after(10_000, Event::Leave { owner, patience: patience - 1 });
+        self.after(
+            10_000,
+            Event::Leave {
+                owner,
+                patience: patience - 1,
+            },
+        );
         Ok(())
     }
 
@@ -270,9 +302,9 @@ impl World {
         });
         let safe = self.config().chunks.iter().all(|slots| {
             !slots.iter().any(|slot| slot.disk == uuid)
-                || slots
-                    .iter()
-                    .any(|slot| slot.disk != uuid && slot.state == SlotState::InSync && serving(self, slot.disk))
+                || slots.iter().any(|slot| {
+                    slot.disk != uuid && slot.state == SlotState::InSync && serving(self, slot.disk)
+                })
         });
         if !safe || self.nodes[node].gone || self.nodes.len() > 8 {
             return Ok(());
@@ -300,7 +332,11 @@ impl World {
             if moves.is_empty() {
                 continue;
             }
-            let command = Command::Move { name: NAME.into(), from: uuid, to: moves };
+            let command = Command::Move {
+                name: NAME.into(),
+                from: uuid,
+                to: moves,
+            };
             note!(self, "{command:?}");
             self.count("replicas moved");
             let Ok(Applied::Volume(config)) = self.control.apply(&command) else {
@@ -317,8 +353,16 @@ impl World {
             return Ok(());
         }
         self.after(10_000, Event::Fault);
-        let p = self.profile;
+        let mut p = self.profile;
         let node = self.random.below(self.nodes.len() as u64) as usize;
+        // A disk destroyed for good and, before its replicas are committed stale, the power of the others: no owner may
+        // decide that alone, and there is no command yet by which an operator does.
+        let owed = |slot: &Slot| {
+            slot.state == SlotState::InSync && self.node(slot.disk).is_none_or(|n| self.nodes[n].gone)
+        };
+        if self.config().chunks.iter().flatten().any(owed) {
+            (p.power, p.disk_loss, p.flush_error) = (0, 0, 0);
+        }
         let mut happens = |rate: u64| rate != 0 && self.random.below(rate) < 10;
         let (kill, power, restart) = (happens(p.kill), happens(p.power), happens(p.restart));
         let (loss, cut, replace) = (happens(p.disk_loss), happens(p.disconnect), happens(p.replace));
@@ -355,15 +399,28 @@ impl World {
     /// Something rots, within what the profile allows.
     fn rot(&mut self) {
         let within = self.profile.damage == Damage::Within;
-        let node = if within { self.victim } else { self.random.below(self.nodes.len() as u64) as usize };
+        let node = if within {
+            self.victim
+        } else {
+            self.random.below(self.nodes.len() as u64) as usize
+        };
         let there = &mut self.nodes[node];
         if there.gone {
             return;
         }
-        let layout = Layout::plan(there.uuid.0, self.profile.disk_bytes, Some(self.profile.journal_bytes));
+        let layout = Layout::plan(
+            there.uuid.0,
+            self.profile.disk_bytes,
+            Some(self.profile.journal_bytes),
+        );
         let data = layout.expect("it was formatted").data / 4096;
         let anywhere = within && self.random.one_in(3);
-        let used: Vec<u64> = there.disk.used().into_iter().filter(|&block| anywhere || block >= data).collect();
+        let used: Vec<u64> = there
+            .disk
+            .used()
+            .into_iter()
+            .filter(|&block| anywhere || block >= data)
+            .collect();
         if used.is_empty() {
             return;
         }
@@ -374,7 +431,11 @@ impl World {
             self.count("latent error");
         } else {
             self.nodes[node].disk.rot(block, &mut self.random);
-            self.count(if block >= data { "rot of data" } else { "rot of metadata" });
+            self.count(if block >= data {
+                "rot of data"
+            } else {
+                "rot of metadata"
+            });
         }
     }
 
@@ -399,7 +460,9 @@ impl World {
         self.add("operations failed", status.errors_io);
         self.add("bytes made equal", status.bytes_synced);
         for node in 0..self.nodes.len() {
-            let Some(stats) = self.nodes[node].store.as_ref().map(Store::stats) else { continue };
+            let Some(stats) = self.nodes[node].store.as_ref().map(Store::stats) else {
+                continue;
+            };
             self.add("checkpoints", stats.checkpoints);
             self.add("chunks marked clean", stats.cleaned);
             self.add("slots freed", stats.freed);

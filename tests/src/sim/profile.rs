@@ -110,7 +110,11 @@ impl Profile {
         Profile {
             seed,
             disks,
-            disk_bytes: if full { 5 << 20 } else { r.pick(&[16, 24, 32]) << 20 },
+            disk_bytes: if full {
+                5 << 20
+            } else {
+                r.pick(&[16, 24, 32]) << 20
+            },
             mirror,
             unit: r.pick(&[64 << 10, 128 << 10, 1 << 20]),
             width: r.range(1, 3) as u32,
@@ -139,8 +143,16 @@ impl Profile {
             slow,
             open_crash: if calm { 0 } else { open_crash },
             damage,
-            rot: if damage == Damage::None { 0 } else { r.pick(&[100, 500, 2000]) },
-            stray: if damage == Damage::Within { r.pick(&[0, 100, 400]) } else { 0 },
+            rot: if damage == Damage::None {
+                0
+            } else {
+                r.pick(&[100, 500, 2000])
+            },
+            stray: if damage == Damage::Within {
+                r.pick(&[0, 100, 400])
+            } else {
+                0
+            },
             scrub_ms: r.pick(&[0, 0, 3000]),
             io_timeout_ms: r.pick(&[0, 10_000]),
         }

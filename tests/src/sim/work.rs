@@ -46,7 +46,9 @@ pub(super) struct Guest {
 impl Guest {
     pub(super) fn new(profile: &Profile, size: u64, random: &mut Random) -> Self {
         let blocks = profile.spread * 16;
-        let border = |random: &mut Random| (random.below(profile.spread.max(2)) * 16 + random.below(3)).min(blocks - 1);
+        let border = |random: &mut Random| {
+            (random.below(profile.spread.max(2)) * 16 + random.below(3)).min(blocks - 1)
+        };
         Guest {
             ops: BTreeMap::new(),
             buried: Vec::new(),
@@ -65,7 +67,9 @@ impl Guest {
         let kind = match dice {
             d if d < reads => OpKind::Read,
             d if d < reads + flushes => return (OpKind::Flush, 0, 0),
-            d if d < reads + flushes + zeros => OpKind::Zero { unmap: random.one_in(2) },
+            d if d < reads + flushes + zeros => OpKind::Zero {
+                unmap: random.one_in(2),
+            },
             _ => OpKind::Write,
         };
         let block = match random.below(16) {
@@ -74,8 +78,16 @@ impl Guest {
             _ => random.below(self.blocks),
         };
         let long = random.one_in(12);
-        let count = if long { random.pick(&[16, 32, 100, 256]) } else { random.pick(&[1, 1, 1, 2, 3, 5]) };
-        let end = (block + count).min(if block == self.last { self.last + 1 } else { self.blocks });
+        let count = if long {
+            random.pick(&[16, 32, 100, 256])
+        } else {
+            random.pick(&[1, 1, 1, 2, 3, 5])
+        };
+        let end = (block + count).min(if block == self.last {
+            self.last + 1
+        } else {
+            self.blocks
+        });
         let (mut first, mut end) = (block * SECTORS, end * SECTORS);
         if kind == OpKind::Write && random.one_in(3) {
             first += random.below(SECTORS);
@@ -156,7 +168,16 @@ impl World {
         }
         note!(self, "op {slot} {kind:?} {first}..{end} id {id:x} begun {begun}");
         self.mark(&[10, self.now, first, end, id]);
-        let op = Op { kind, first, end, begun, id, memory, crcs: Vec::new(), answered: false };
+        let op = Op {
+            kind,
+            first,
+            end,
+            begun,
+            id,
+            memory,
+            crcs: Vec::new(),
+            answered: false,
+        };
         self.guest.ops.insert(slot, op);
         self.send(slot)
     }
@@ -235,7 +256,13 @@ impl World {
         let now = self.clock;
         note!(self, "op {slot} done {result:?} at {now}");
         self.mark(&[11, self.now, u64::from(slot), u64::from(result.is_ok())]);
-        let horizon = self.guest.ops.values().filter(|op| !op.answered).map(|op| op.begun).min();
+        let horizon = self
+            .guest
+            .ops
+            .values()
+            .filter(|op| !op.answered)
+            .map(|op| op.begun)
+            .min();
         let op = self.guest.ops.get_mut(&slot).ok_or("an answer to no operation")?;
         if std::mem::replace(&mut op.answered, true) {
             return Err(format!("operation {slot} was answered twice"));
@@ -253,7 +280,9 @@ impl World {
                 OpError::Invalid => false,
             };
             if !excused {
-                return Err(format!("operation {slot} {kind:?} failed without excuse: {error:?}"));
+                return Err(format!(
+                    "operation {slot} {kind:?} failed without excuse: {error:?}"
+                ));
             }
         }
         match (kind, result) {
@@ -294,14 +323,18 @@ impl World {
 
     /// Completes the edge blocks of an unaligned write with what they held.
     pub(super) fn merge(&mut self, slot: u32, head: Option<Payload>, tail: Option<Payload>) -> Checked {
-        let Some(op) = self.guest.ops.get_mut(&slot) else { return Ok(()) };
+        let Some(op) = self.guest.ops.get_mut(&slot) else {
+            return Ok(());
+        };
         let (first, end) = (op.first, op.end);
         let last = op.memory.pages() - 1;
         let mut complete = |page: Payload, block: usize| {
             let mut old = Vec::with_capacity(BLOCK);
             // SAFETY: the mirror keeps the page until `merged`, and no device is writing it.
             let missing = unsafe {
-                page.pieces(BLOCK, |ptr, n| old.extend_from_slice(std::slice::from_raw_parts(ptr, n)))
+                page.pieces(BLOCK, |ptr, n| {
+                    old.extend_from_slice(std::slice::from_raw_parts(ptr, n))
+                })
             };
             assert_eq!(missing, 0, "an edge is a block");
             let bytes = op.memory.bytes_mut(block, 1);

@@ -46,33 +46,82 @@ pub struct Stats {
 #[derive(Debug)]
 pub(super) enum Event {
     /// A request reaches a store.
-    Deliver { node: usize, boot: u64, line: u64, owner: u64, id: RequestId, header: Header, request: Request },
+    Deliver {
+        node: usize,
+        boot: u64,
+        line: u64,
+        owner: u64,
+        id: RequestId,
+        header: Header,
+        request: Request,
+    },
     /// A round of the store ends.
-    Batch { node: usize, boot: u64 },
+    Batch {
+        node: usize,
+        boot: u64,
+    },
     /// A device I/O ends.
-    Done { node: usize, boot: u64, serial: u64 },
+    Done {
+        node: usize,
+        boot: u64,
+        serial: u64,
+    },
     /// An answer reaches the mirror.
-    Answer { node: usize, line: u64, owner: u64, id: RequestId, reply: Reply },
+    Answer {
+        node: usize,
+        line: u64,
+        owner: u64,
+        id: RequestId,
+        reply: Reply,
+    },
     /// The control state decides.
-    Decide { owner: u64, proposal: Proposal },
+    Decide {
+        owner: u64,
+        proposal: Proposal,
+    },
     /// The decision is heard of.
-    Decided { owner: u64, outcome: Outcome },
+    Decided {
+        owner: u64,
+        outcome: Outcome,
+    },
     /// The driver has merged edges.
-    Merged { owner: u64, op: u32, head: Option<Payload>, tail: Option<Payload> },
+    Merged {
+        owner: u64,
+        op: u32,
+        head: Option<Payload>,
+        tail: Option<Payload>,
+    },
     Tick,
     /// A guest's slot submits its next operation.
-    Submit { slot: u32, life: u64 },
+    Submit {
+        slot: u32,
+        life: u64,
+    },
     /// A disk is opened again.
-    Open { node: usize, boot: u64 },
+    Open {
+        node: usize,
+        boot: u64,
+    },
     /// A disk that was cut off is reached again.
-    Reach { node: usize, line: u64 },
+    Reach {
+        node: usize,
+        line: u64,
+    },
     /// The data plane starts.
-    Start { owner: u64 },
+    Start {
+        owner: u64,
+    },
     Fault,
     /// The driver cuts a silent disk off.
-    Abandon { node: usize, line: u64 },
+    Abandon {
+        node: usize,
+        line: u64,
+    },
     /// A clean restart goes on.
-    Leave { owner: u64, patience: u64 },
+    Leave {
+        owner: u64,
+        patience: u64,
+    },
 }
 
 /// A disk and what serves it.
@@ -289,7 +338,15 @@ impl World {
 
     fn handle(&mut self, event: Event) -> Checked {
         match event {
-            Event::Deliver { node, boot, line, owner, id, header, request } => {
+            Event::Deliver {
+                node,
+                boot,
+                line,
+                owner,
+                id,
+                header,
+                request,
+            } => {
                 let there = &mut self.nodes[node];
                 if there.boot != boot || there.line != line || there.cut || owner != self.owner {
                     return Ok(());
@@ -308,7 +365,13 @@ impl World {
                 Ok(())
             }
             Event::Done { node, boot, serial } => self.io_done(node, boot, serial),
-            Event::Answer { node, line, owner, id, reply } => {
+            Event::Answer {
+                node,
+                line,
+                owner,
+                id,
+                reply,
+            } => {
                 if self.nodes[node].line != line || owner != self.owner {
                     return Ok(());
                 }
@@ -318,7 +381,10 @@ impl World {
             }
             Event::Decide { owner, proposal } => {
                 // The owner may be dead by now: what it proposed is committed all the same, if nobody attached since.
-                let command = Command::Propose { name: NAME.into(), proposal };
+                let command = Command::Propose {
+                    name: NAME.into(),
+                    proposal,
+                };
                 let Ok(Applied::Outcome(outcome)) = self.control.apply(&command) else {
                     return Err("a proposal was refused".into());
                 };
@@ -339,7 +405,12 @@ impl World {
                 }
                 self.mirror(|mirror, out| mirror.decided(outcome, out))
             }
-            Event::Merged { owner, op, head, tail } => {
+            Event::Merged {
+                owner,
+                op,
+                head,
+                tail,
+            } => {
                 if owner != self.owner {
                     return Ok(());
                 }
@@ -352,7 +423,11 @@ impl World {
             Event::Start { owner } => self.start(owner),
             Event::Fault => self.fault(),
             Event::Abandon { node, line } => {
-                if self.nodes[node].line == line { self.lose_disk(node, false) } else { Ok(()) }
+                if self.nodes[node].line == line {
+                    self.lose_disk(node, false)
+                } else {
+                    Ok(())
+                }
             }
             Event::Leave { owner, patience } => self.go_on_leaving(owner, patience),
         }
@@ -373,8 +448,14 @@ impl World {
 
     // ---- stores ----------------------------------------------------------------------------------------------------
 
-    pub(super) fn store(&mut self, node: usize, f: impl FnOnce(&mut Store, &mut Vec<store::Effect>)) -> Checked {
-        let Some(store) = &mut self.nodes[node].store else { return Ok(()) };
+    pub(super) fn store(
+        &mut self,
+        node: usize,
+        f: impl FnOnce(&mut Store, &mut Vec<store::Effect>),
+    ) -> Checked {
+        let Some(store) = &mut self.nodes[node].store else {
+            return Ok(());
+        };
         let mut out = Vec::new();
         f(store, &mut out);
         let boot = self.nodes[node].boot;
@@ -393,7 +474,10 @@ impl World {
                 }
                 store::Effect::Reply { tag, reply } => {
                     let there = &mut self.nodes[node];
-                    let (owner, id) = there.tags.remove(&tag.0).ok_or("a store answered a request twice")?;
+                    let (owner, id) = there
+                        .tags
+                        .remove(&tag.0)
+                        .ok_or("a store answered a request twice")?;
                     let line = there.line;
                     if owner == u64::MAX {
                         self.asked = Some(reply);
@@ -404,7 +488,16 @@ impl World {
                     }
                     let time = (self.now + self.message_delay()).max(self.nodes[node].last_out + 1);
                     self.nodes[node].last_out = time;
-                    self.at(time, Event::Answer { node, line, owner, id, reply });
+                    self.at(
+                        time,
+                        Event::Answer {
+                            node,
+                            line,
+                            owner,
+                            id,
+                            reply,
+                        },
+                    );
                 }
                 store::Effect::Failed(failure) => {
                     note!(self, "disk {node} failed {failure:?}");
@@ -480,12 +573,19 @@ impl World {
     // ---- the mirror ------------------------------------------------------------------------------------------------
 
     pub(super) fn mirror(&mut self, f: impl FnOnce(&mut Mirror, &mut Vec<mirror::Effect>)) -> Checked {
-        let Some(mirror) = &mut self.mirror else { return Ok(()) };
+        let Some(mirror) = &mut self.mirror else {
+            return Ok(());
+        };
         let mut out = Vec::new();
         f(mirror, &mut out);
         for effect in out {
             match effect {
-                mirror::Effect::Send { disk, id, header, request } => {
+                mirror::Effect::Send {
+                    disk,
+                    id,
+                    header,
+                    request,
+                } => {
                     let uuid = self.mirror.as_ref().expect("it spoke").disk(disk);
                     let node = self.node(uuid).ok_or("a request to an unknown disk")?;
                     if !self.nodes[node].up {
@@ -495,13 +595,32 @@ impl World {
                     let (boot, line, owner) = (self.nodes[node].boot, self.nodes[node].line, self.owner);
                     let time = (self.now + self.message_delay()).max(self.nodes[node].last_in + 1);
                     self.nodes[node].last_in = time;
-                    self.at(time, Event::Deliver { node, boot, line, owner, id, header, request });
+                    self.at(
+                        time,
+                        Event::Deliver {
+                            node,
+                            boot,
+                            line,
+                            owner,
+                            id,
+                            header,
+                            request,
+                        },
+                    );
                 }
                 mirror::Effect::ZeroFill { data, len } => super::work::fill_zeros(data, len),
                 mirror::Effect::Merge { op, head, tail } => {
                     let delay = self.message_delay();
                     let owner = self.owner;
-                    self.after(delay, Event::Merged { owner, op: op.0, head, tail });
+                    self.after(
+                        delay,
+                        Event::Merged {
+                            owner,
+                            op: op.0,
+                            head,
+                            tail,
+                        },
+                    );
                 }
                 mirror::Effect::Done { op, result, released } => self.op_done(op.0, result, released)?,
                 mirror::Effect::Release { op } => self.op_released(op.0)?,
@@ -546,7 +665,9 @@ impl World {
     /// The mirror says that acknowledged writes may be gone: only true if power was lost.
     fn unflushed_lost(&mut self, when: &str) -> Checked {
         if !self.power_was_lost {
-            return Err(format!("acknowledged writes were given up {when}, though no disk lost power"));
+            return Err(format!(
+                "acknowledged writes were given up {when}, though no disk lost power"
+            ));
         }
         if self.profile.volatile || self.profile.flush_error != 0 {
             self.clock += 1;
@@ -571,7 +692,12 @@ pub(super) fn brief(reply: &Reply) -> String {
                 .iter()
                 .enumerate()
                 .filter(|(_, e)| e.image.version.0 != 0)
-                .map(|(i, e)| format!("{i}:{:x}/{:x}z{:x}b{:x}", e.image.version.0, e.image.valid, e.image.zero, e.bad))
+                .map(|(i, e)| {
+                    format!(
+                        "{i}:{:x}/{:x}z{:x}b{:x}",
+                        e.image.version.0, e.image.valid, e.image.zero, e.bad
+                    )
+                })
                 .collect();
             format!("Digest doubt={in_doubt} {some:?}")
         }
@@ -583,11 +709,16 @@ pub(super) fn brief(reply: &Reply) -> String {
 fn weight(reply: &Reply) -> u64 {
     match reply {
         Reply::Done => 1,
-        Reply::Sealed(sealed) => sealed.chunks.iter().fold(2, |all, chunk| all.rotate_left(1) ^ chunk.1),
-        Reply::Read { holes, bad, crcs, .. } => u64::from(*holes) << 48 ^ u64::from(*bad) << 32 ^ u64::from(crcs[0]),
-        Reply::Digest { in_doubt, extents } => {
-            extents.iter().fold(u64::from(*in_doubt), |all, e| all.rotate_left(7) ^ e.image.version.0 ^ u64::from(e.bad))
+        Reply::Sealed(sealed) => sealed
+            .chunks
+            .iter()
+            .fold(2, |all, chunk| all.rotate_left(1) ^ chunk.1),
+        Reply::Read { holes, bad, crcs, .. } => {
+            u64::from(*holes) << 48 ^ u64::from(*bad) << 32 ^ u64::from(crcs[0])
         }
+        Reply::Digest { in_doubt, extents } => extents.iter().fold(u64::from(*in_doubt), |all, e| {
+            all.rotate_left(7) ^ e.image.version.0 ^ u64::from(e.bad)
+        }),
         Reply::Refused(status) => 1 << 40 | *status as u64,
     }
 }
@@ -595,15 +726,30 @@ fn weight(reply: &Reply) -> u64 {
 pub(super) fn brief_request(request: &Request) -> String {
     match request {
         Request::Write { span, version, .. } => {
-            format!("Write c{} e{} {}+{} v{:x}", span.chunk.key.chunk, span.extent, span.first, span.count, version.0)
+            format!(
+                "Write c{} e{} {}+{} v{:x}",
+                span.chunk.key.chunk, span.extent, span.first, span.count, version.0
+            )
         }
         Request::Zero { span, version } => {
-            format!("Zero c{} e{} {}+{} v{:x}", span.chunk.key.chunk, span.extent, span.first, span.count, version.0)
+            format!(
+                "Zero c{} e{} {}+{} v{:x}",
+                span.chunk.key.chunk, span.extent, span.first, span.count, version.0
+            )
         }
         Request::Read { span, raw, .. } => {
-            format!("Read c{} e{} {}+{} raw={raw}", span.chunk.key.chunk, span.extent, span.first, span.count)
+            format!(
+                "Read c{} e{} {}+{} raw={raw}",
+                span.chunk.key.chunk, span.extent, span.first, span.count
+            )
         }
-        Request::Install { chunk, extent, image, write, .. } => format!(
+        Request::Install {
+            chunk,
+            extent,
+            image,
+            write,
+            ..
+        } => format!(
             "Install c{} e{extent} v{:x} valid={:x} zero={:x} lost={:x} write={write:x}",
             chunk.key.chunk, image.version.0, image.valid, image.zero, image.lost
         ),
