@@ -10,7 +10,21 @@ use unibody_dataplane::planted::{self, Bug};
 use unibody_tests::sim;
 
 /// Bugs and the seeds, from zero on, within which each must be found.
-const FOUND: &[(Bug, u64)] = &[(Bug::AckAtFirst, 100)];
+const FOUND: &[(Bug, u64)] = &[
+    (Bug::AckAtFirst, 60),
+    (Bug::SkipSeal, 60),
+    (Bug::WritesIgnoreConflicts, 60),
+    (Bug::ReadsIgnoreConflicts, 60),
+    (Bug::RebuildForgetsTrims, 60),
+    (Bug::RebuildWithoutLock, 60),
+    (Bug::PromoteWithoutCompare, 60),
+    (Bug::ReadFromStale, 60),
+    (Bug::AnswerBadBlock, 60),
+    (Bug::WriteUncleanRegion, 60),
+    (Bug::OldBootIsSame, 60),
+    (Bug::SkipDirtyMark, 60),
+    (Bug::FreeJournalEarly, 60),
+];
 
 /// The first seed that finds the bug, and how.
 fn find(bug: Bug, seeds: u64) -> Option<(u64, String)> {
