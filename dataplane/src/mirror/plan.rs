@@ -153,10 +153,9 @@ fn plan_as(views: &[View<'_>], adopt: bool, record_lost: bool) -> Option<Plan> {
                 write |= 1 << b;
             }
         }
-        // What is bad there and not valid any more: unknown on a suspect disk, or lost.
-        let unknown = view.digest.bad & !plan.image.valid & !plan.image.lost;
+        // A hole that a suspect disk is not sure of is no reason: no install makes it surer, the settling of its region does.
         let forgotten = planted::on(Bug::RebuildForgetsTrims) && !view.in_sync && empty(&plan.image);
-        if (plan.changed || !same(there, &plan.image) || write != 0 || unknown != 0) && !forgotten {
+        if (plan.changed || !same(there, &plan.image) || write != 0) && !forgotten {
             plan.install[i] = Some(write);
         }
     }

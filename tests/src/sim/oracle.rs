@@ -86,7 +86,7 @@ impl World {
             })
             .collect();
         format!(
-            "not in order {HEAL_MS} ms after the faults ended: operations {ops:?}, disks {disks:?}, mirror {:?}, slots {:?}",
+            "not in order {HEAL_MS} ms after the faults ended: operations {ops:?}, mirror {:?}, slots {:?}, disks {disks:?}",
             self.mirror.as_ref().map(|mirror| mirror.status()),
             self.config().chunks
         )

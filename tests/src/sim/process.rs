@@ -2,7 +2,7 @@
 
 use unibody_control::planner;
 use unibody_control::state::{Applied, Command};
-use unibody_dataplane::config::SlotState;
+use unibody_dataplane::config::{Slot, SlotState};
 use unibody_dataplane::ids::PowerId;
 use unibody_dataplane::mirror::{Limits, Mirror, Phase};
 use unibody_dataplane::store::{OpenOptions, Store, layout::Layout};
@@ -353,8 +353,16 @@ impl World {
             return Ok(());
         }
         self.after(10_000, Event::Fault);
-        let p = self.profile;
+        let mut p = self.profile;
         let node = self.random.below(self.nodes.len() as u64) as usize;
+        // A disk destroyed for good and, before its replicas are committed stale, the power of the others: no owner may
+        // decide that alone, and there is no command yet by which an operator does.
+        let owed = |slot: &Slot| {
+            slot.state == SlotState::InSync && self.node(slot.disk).is_none_or(|n| self.nodes[n].gone)
+        };
+        if self.config().chunks.iter().flatten().any(owed) {
+            (p.power, p.disk_loss, p.flush_error) = (0, 0, 0);
+        }
         let mut happens = |rate: u64| rate != 0 && self.random.below(rate) < 10;
         let (kill, power, restart) = (happens(p.kill), happens(p.power), happens(p.restart));
         let (loss, cut, replace) = (happens(p.disk_loss), happens(p.disconnect), happens(p.replace));

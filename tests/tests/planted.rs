@@ -1,0 +1,83 @@
+//! Each planted bug must be found within its number of seeds, and none of them without it.
+//!
+//! Needs the feature `planted`. The choice is per thread, so seeds run side by side. `UNIBODY_BUG_SEEDS=300` looks
+//! further and prints how many seeds each bug needs.
+#![cfg(feature = "planted")]
+
+use std::sync::Mutex;
+
+use unibody_dataplane::planted::{self, Bug};
+use unibody_tests::sim;
+
+/// Bugs and the seeds, from zero on, within which each must be found.
+const FOUND: &[(Bug, u64)] = &[
+    (Bug::AckAtFirst, 60),
+    (Bug::SkipSeal, 60),
+    (Bug::WritesIgnoreConflicts, 60),
+    (Bug::ReadsIgnoreConflicts, 60),
+    (Bug::RebuildForgetsTrims, 60),
+    (Bug::RebuildWithoutLock, 60),
+    (Bug::PromoteWithoutCompare, 60),
+    (Bug::ReadFromStale, 60),
+    (Bug::AnswerBadBlock, 60),
+    (Bug::WriteUncleanRegion, 60),
+    (Bug::OldBootIsSame, 60),
+    (Bug::SkipDirtyMark, 60),
+    (Bug::FreeJournalEarly, 60),
+];
+
+/// The first seed that finds the bug, and how.
+fn find(bug: Bug, seeds: u64) -> Option<(u64, String)> {
+    planted::set(Some(bug));
+    let found = (0..seeds).find_map(|seed| {
+        sim::run_seed(seed, false)
+            .verdict
+            .err()
+            .map(|error| (seed, error))
+    });
+    planted::set(None);
+    found
+}
+
+#[test]
+fn each_planted_bug_is_found() {
+    let further: Option<u64> = std::env::var("UNIBODY_BUG_SEEDS")
+        .ok()
+        .map(|n| n.parse().expect("a number"));
+    let all: Vec<Bug> = Bug::MIRROR.iter().chain(Bug::STORE).copied().collect();
+    let work: Vec<(Bug, u64)> = match further {
+        Some(seeds) => all.iter().map(|&bug| (bug, seeds)).collect(),
+        None => FOUND.to_vec(),
+    };
+    let (next, missed) = (Mutex::new(work.into_iter()), Mutex::new(Vec::new()));
+    std::thread::scope(|scope| {
+        for _ in 0..2 {
+            scope.spawn(|| {
+                loop {
+                    let Some((bug, seeds)) = next.lock().expect("nobody panics with it").next() else {
+                        break;
+                    };
+                    match find(bug, seeds) {
+                        Some((seed, error)) => {
+                            let error: String = error.chars().take(110).collect();
+                            println!("{bug:?}: {} seeds: {error}", seed + 1);
+                        }
+                        None => missed.lock().expect("nobody panics with it").push((bug, seeds)),
+                    }
+                }
+            });
+        }
+    });
+    let missed = missed.into_inner().expect("nobody panics with it");
+    println!("not found: {missed:?}");
+    assert!(further.is_some() || missed.is_empty(), "not found: {missed:?}");
+}
+
+#[test]
+fn without_a_bug_the_same_seeds_pass() {
+    let most = FOUND.iter().map(|&(_, seeds)| seeds).max().unwrap_or(0);
+    for seed in 0..most {
+        let run = sim::run_seed(seed, false);
+        assert!(run.verdict.is_ok(), "seed {seed}: {:?}", run.verdict);
+    }
+}
