@@ -70,6 +70,10 @@ pub struct DiskRecord {
     pub bytes: u64,
     /// Taken out for good: nothing is placed on it any more.
     pub out: bool,
+    /// Drawn anew when the disk may have lost what it completed without the machine losing power (a failed flush): its
+    /// spans of power before and after must not look like one.
+    #[serde(with = "hex_u128")]
+    pub distrust: u128,
 }
 
 /// State of a replica, as in the data plane.
@@ -246,6 +250,13 @@ pub enum Command {
         /// The disk.
         disk: DiskUuid,
     },
+    /// What the disk completed before may be lost though the machine kept its power.
+    Distrust {
+        /// The disk.
+        disk: DiskUuid,
+        /// Drawn by the caller.
+        salt: u128,
+    },
     /// A disk without replicas is forgotten.
     ForgetDisk {
         /// The disk.
@@ -395,10 +406,12 @@ impl State {
         match command {
             Command::AddDisk { disk, domain, bytes } => {
                 self.check_domain(*disk, domain)?;
+                let known = self.disks.get(&Disk(*disk));
                 let record = DiskRecord {
                     domain: domain.clone(),
                     bytes: *bytes,
-                    out: false,
+                    out: known.is_some_and(|record| record.out),
+                    distrust: known.map_or(0, |record| record.distrust),
                 };
                 self.disks.insert(Disk(*disk), record);
                 Ok(Applied::Done)
@@ -408,6 +421,13 @@ impl State {
                     .get_mut(&Disk(*disk))
                     .ok_or(Refused::NoDisk(*disk))?
                     .out = true;
+                Ok(Applied::Done)
+            }
+            Command::Distrust { disk, salt } => {
+                self.disks
+                    .get_mut(&Disk(*disk))
+                    .ok_or(Refused::NoDisk(*disk))?
+                    .distrust = *salt;
                 Ok(Applied::Done)
             }
             Command::ForgetDisk { disk } => self.forget_disk(*disk),

@@ -66,8 +66,15 @@ pub struct DiskUp {
 pub enum Event {
     /// A volume's owner asks for a change.
     Proposal(VolumeIndex, VolumeId, Proposal),
-    /// A disk has failed; its store answers nothing any more and the device was let go.
-    DiskFailed(DiskIndex, String),
+    /// A disk is out of service; its store answers nothing any more and the device was let go.
+    DiskFailed {
+        /// Which.
+        disk: DiskIndex,
+        /// Why.
+        reason: String,
+        /// It failed by itself: what it completed before may be lost.
+        distrust: bool,
+    },
     /// A volume is being served.
     Attached {
         /// Which.

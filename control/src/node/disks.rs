@@ -1,5 +1,6 @@
 //! Disks of a node: formatting, checking, opening, and what is remembered of each.
 
+use std::collections::BTreeMap;
 use std::fs::{File, OpenOptions};
 use std::io::{self, Read};
 use std::path::{Path, PathBuf};
@@ -130,6 +131,9 @@ pub fn check_disk(path: &Path, progress: &mut dyn FnMut(u64, u64)) -> Result<Che
     Ok(check(blocks, progress))
 }
 
+/// For each disk what distinguishes its spans of power beside the machine's.
+pub(crate) type Salts = BTreeMap<DiskUuid, u128>;
+
 /// A disk ready for its reactor.
 pub(crate) struct Opened {
     pub(crate) uuid: DiskUuid,
@@ -164,6 +168,7 @@ pub(crate) fn open(
     spec: &DiskSpec,
     cache_bytes: usize,
     faults: bool,
+    salts: &Salts,
 ) -> Result<Opened, DiskError> {
     let mut disk = OpenDisk::open(&spec.backend)?;
     let info = disk.info().clone();
@@ -186,7 +191,6 @@ pub(crate) fn open(
         });
     }
     let memory = info.kind == DiskKind::Memory;
-    let power = if memory { PowerId(random()) } else { host_power() };
     let blocks = disk
         .blocks()
         .ok_or_else(|| DiskError::NotAFile(name.to_owned()))?;
@@ -202,6 +206,15 @@ pub(crate) fn open(
             source,
         })?;
     }
+    let salt = Store::identify(blocks)
+        .and_then(|uuid| salts.get(&uuid))
+        .copied()
+        .unwrap_or(0);
+    let power = if memory {
+        PowerId(random())
+    } else {
+        PowerId(host_power().0 ^ salt)
+    };
     let options = StoreOptions {
         boot,
         power,

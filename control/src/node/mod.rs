@@ -330,12 +330,13 @@ impl Node {
             self.add_slot(spec)?;
         }
         let (cache, faults) = (self.options.cache_bytes, self.options.faults);
+        let salts = &self.salts();
         // Side by side: recovery reads a good deal of each disk.
         let opened: Vec<Result<Opened, DiskError>> = std::thread::scope(|scope| {
             let threads: Vec<_> = self
                 .disks
                 .iter()
-                .map(|disk| scope.spawn(move || disks::open(&disk.name, &disk.spec, cache, faults)))
+                .map(|disk| scope.spawn(move || disks::open(&disk.name, &disk.spec, cache, faults, salts)))
                 .collect();
             threads
                 .into_iter()
@@ -414,13 +415,14 @@ impl Node {
     /// Opens a disk where nobody waits for it.
     fn open_later(&mut self, index: DiskIndex, reply: Option<mpsc::Sender<Response>>) {
         let (cache, faults, sender) = (self.options.cache_bytes, self.options.faults, self.sender.clone());
+        let salts = self.salts();
         let disk = self.disk_mut(index);
         disk.phase = Phase::Opening;
         let (name, spec) = (disk.name.clone(), disk.spec.clone());
         let opening = std::thread::Builder::new()
             .name(format!("open{}", index.0))
             .spawn(move || {
-                let opened = disks::open(&name, &spec, cache, faults);
+                let opened = disks::open(&name, &spec, cache, faults, &salts);
                 sender.send(Input::Opened(index, Box::new(opened), reply)).ok();
             });
         if let Err(error) = opening {
@@ -673,7 +675,12 @@ impl Node {
     fn event(&mut self, event: Event) {
         match event {
             Event::Proposal(index, id, proposal) => self.proposal(index, id, proposal),
-            Event::DiskFailed(index, reason) => {
+            Event::DiskFailed {
+                disk: index,
+                reason,
+                distrust,
+            } => {
+                self.distrust(index, distrust);
                 let disk = self.disk_mut(index);
                 eprintln!("unibody: disk {} is out of service: {reason}", disk.name);
                 disk.failed(reason, Instant::now());
@@ -710,6 +717,27 @@ impl Node {
                 "its last replicas forgot acknowledged writes: all I/O fails until the node is restarted",
             ),
         }
+    }
+
+    /// A disk that failed by itself may have lost what it completed, though the machine kept its power.
+    fn distrust(&mut self, index: DiskIndex, distrust: bool) {
+        let Some(disk) = self.disk_mut(index).uuid.filter(|_| distrust) else {
+            return;
+        };
+        let salt = disks::random();
+        if let Err(error) = self.control.execute(&Command::Distrust { disk, salt }) {
+            eprintln!("unibody: {}", chain(&error));
+        }
+    }
+
+    /// What distinguishes the spans of power of the disks that failed by themselves.
+    fn salts(&self) -> disks::Salts {
+        self.control
+            .state()
+            .disks
+            .iter()
+            .map(|(disk, record)| (disk.0, record.distrust))
+            .collect()
     }
 
     fn say(&self, volume: VolumeIndex, what: &str) {

@@ -28,7 +28,12 @@ impl Shard {
                 }
                 home => {
                     *home = Home::Absent;
-                    self.tell(Event::DiskFailed(disk, "taken out of service".into()));
+                    let reason = "taken out of service".into();
+                    self.tell(Event::DiskFailed {
+                        disk,
+                        reason,
+                        distrust: false,
+                    });
                 }
             },
             Command::CloseDisk(disk, reply) => match &mut self.homes[usize::from(disk.0)] {
@@ -85,6 +90,7 @@ impl Shard {
                     touched: false,
                     drops: Default::default(),
                     ending: None,
+                    distrust: false,
                     closed: false,
                     closing: None,
                 }))

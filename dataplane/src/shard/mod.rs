@@ -99,6 +99,8 @@ struct Served {
     touched: bool,
     /// Why it has failed; it is let go when its last I/O has ended.
     ending: Option<String>,
+    /// It failed by itself.
+    distrust: bool,
     closed: bool,
     /// Who waits for it to be closed.
     closing: Option<mpsc::Sender<bool>>,

@@ -249,7 +249,8 @@ impl Shard {
                 store::Effect::Reply { tag, reply } => self.reply(tag.0, reply),
                 store::Effect::Failed(reason) => {
                     if let Home::Store(served) = &mut self.homes[usize::from(disk.0)] {
-                        served.ending = Some(reason.to_string());
+                        served.distrust = reason != store::Failure::Removed;
+                        served.ending.get_or_insert_with(|| reason.to_string());
                     }
                 }
                 store::Effect::Closed => {
@@ -306,7 +307,12 @@ impl Shard {
             reply.send(served.closed).ok();
         }
         if let Some(reason) = served.ending {
-            self.tell(Event::DiskFailed(disk, reason));
+            let distrust = served.distrust;
+            self.tell(Event::DiskFailed {
+                disk,
+                reason,
+                distrust,
+            });
         }
     }
 
