@@ -63,9 +63,7 @@ impl LinuxGuest {
     /// its console).
     pub fn start(options: &LinuxOptions) -> Result<Self> {
         let qemu = tool("qemu-system-x86_64", "qemu-system-x86")?;
-        let kernel = kernel::get(&options.cache)?;
-        let initramfs = options.workdir.join("initramfs");
-        fs::write(&initramfs, initramfs_bytes(&kernel)?)?;
+        let (kernel, initramfs) = boot_files(&options.cache, &options.workdir)?;
         let console = options.workdir.join("console.log");
         let socket = options.workdir.join("commands.sock");
         let log = fs::File::create(options.workdir.join("qemu.log"))?;
@@ -87,11 +85,7 @@ impl LinuxGuest {
             socket.display()
         ));
         command.args(["-serial", "chardev:commands"]);
-        command
-            .arg("-kernel")
-            .arg(&kernel.image)
-            .arg("-initrd")
-            .arg(&initramfs);
+        command.arg("-kernel").arg(&kernel).arg("-initrd").arg(&initramfs);
         command.args([
             "-append",
             "console=ttyS0 panic=-1 loglevel=4 mitigations=off tsc=nowatchdog",
@@ -245,6 +239,20 @@ impl LinuxGuest {
         }
         Ok(())
     }
+}
+
+/// The kernel (in `cache`) and the initial file system (in `workdir`) of this guest, for a test that starts a VMM itself.
+///
+/// With `console=ttyS0 watch` as its command line the guest tells its disks on the console, as `UNIBODY-GUEST OK disks` and
+/// their names below `/sys/block`, whenever they change, and powers off at the power button.
+///
+/// # Errors
+/// A program or package is missing; the message says which.
+pub fn boot_files(cache: &Path, workdir: &Path) -> Result<(PathBuf, PathBuf)> {
+    let kernel = kernel::get(cache)?;
+    let initramfs = workdir.join("initramfs");
+    fs::write(&initramfs, initramfs_bytes(&kernel)?)?;
+    Ok((kernel.image, initramfs))
 }
 
 fn connect(socket: &Path, qemu: &mut Owned) -> Result<UnixStream> {
