@@ -16,7 +16,7 @@ done </modules/order
 for button in /dev/input/event*; do
     (dd if="$button" bs=24 count=1 of=/dev/null 2>/dev/null && sync && poweroff -f) &
 done
-if grep -q watch /proc/cmdline; then
+if grep -qw watch /proc/cmdline; then
     while true; do
         disks=$(echo /sys/block/vd*)
         [ "$disks" = "$told" ] || echo "UNIBODY-GUEST OK disks $disks"

@@ -69,11 +69,20 @@ fn a_linux_guest_makes_a_file_system_and_its_content_is_verified() -> Result<()>
         "test -b /dev/vda && mkfs.ext4 -q /dev/vda && mount /dev/vda /mnt",
         LONG,
     )?;
-    guest.must(
+    guest.begin(
         "fio --name=v --directory=/mnt --size=24m --rw=randwrite --bs=4k --ioengine=libaio --direct=1 --iodepth=16 \
          --verify=crc32c --do_verify=1 --verify_fatal=1",
-        LONG,
     )?;
+    let (code, output) = guest.finish(LONG)?;
+    ensure!(
+        code == 0 && output.contains("err= 0"),
+        "fio ended with {code}:\n{output}"
+    );
+    guest.begin("false")?;
+    ensure!(
+        guest.finish(SHORT)?.0 == 1,
+        "the exit code of a command in the background is lost"
+    );
     guest.must("echo the-token >/mnt/token && sync && umount /mnt", SHORT)?;
     guest.poweroff()?;
     daemon.stop();

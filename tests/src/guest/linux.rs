@@ -155,29 +155,32 @@ impl LinuxGuest {
         }
     }
 
-    /// Sends a command whose answer is taken later by [`LinuxGuest::finish`], so that the test can act in the meantime.
+    /// Begins a command whose answer is taken later by [`LinuxGuest::finish`], so that the test can act in the meantime.
     ///
     /// # Errors
     /// The guest is gone.
     pub fn begin(&mut self, line: &str) -> Result<()> {
-        self.must(
-            &format!("({line}) >/run/begun.out 2>&1 & echo $! >/run/begun.pid"),
-            Duration::from_secs(30),
-        )
-        .map(drop)
+        let line = format!(
+            "rm -f /run/code; ({line}; echo $? >/run/code.new; mv /run/code.new /run/code) >/run/out 2>&1 &"
+        );
+        self.must(&line, Duration::from_secs(30)).map(drop)
     }
 
-    /// Waits for the command of [`LinuxGuest::begin`]: its output, which should show whether it succeeded.
+    /// Waits for the command of [`LinuxGuest::begin`]: its exit code, and what it wrote to both outputs.
     ///
     /// # Errors
     /// It has not ended within `timeout`.
-    pub fn finish(&mut self, timeout: Duration) -> Result<String> {
+    pub fn finish(&mut self, timeout: Duration) -> Result<(i32, String)> {
         let seconds = timeout.as_secs();
-        let wait = format!(
-            "for i in $(seq {seconds}); do kill -0 $(cat /run/begun.pid) 2>/dev/null || break; sleep 1; done; \
-             cat /run/begun.out; ! kill -0 $(cat /run/begun.pid) 2>/dev/null"
-        );
-        self.must(&wait, timeout + Duration::from_secs(60))
+        let wait =
+            format!("for i in $(seq {seconds}); do test -e /run/code && break; sleep 1; done; cat /run/code");
+        // The sleeps of an emulated guest are longer than they should be.
+        let code = self.must(&wait, timeout * 2 + Duration::from_secs(30))?;
+        let code = code
+            .trim()
+            .parse()
+            .context("the exit code of a command in the background")?;
+        Ok((code, self.must("cat /run/out", Duration::from_secs(30))?))
     }
 
     /// Powers the guest off, after a sync, and waits for the end of QEMU.
