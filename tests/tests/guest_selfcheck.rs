@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use unibody_tests::guest::backend::StorageDaemon;
-use unibody_tests::guest::{GuestVolume, LinuxGuest, LinuxOptions, pvh, tool, wait_until};
+use unibody_tests::guest::{GuestVolume, LinuxGuest, LinuxOptions, boot_files, pvh, tool, wait_until};
 use unibody_vmm_adapter::{
     CloudHypervisor, Phase, Qemu, RuntimeRoot, Stopped, VmSpec, Vmm, VmmError, VmmKind, VolumeSpec, swap,
 };
@@ -69,11 +69,20 @@ fn a_linux_guest_makes_a_file_system_and_its_content_is_verified() -> Result<()>
         "test -b /dev/vda && mkfs.ext4 -q /dev/vda && mount /dev/vda /mnt",
         LONG,
     )?;
-    guest.must(
+    guest.begin(
         "fio --name=v --directory=/mnt --size=24m --rw=randwrite --bs=4k --ioengine=libaio --direct=1 --iodepth=16 \
          --verify=crc32c --do_verify=1 --verify_fatal=1",
-        LONG,
     )?;
+    let (code, output) = guest.finish(LONG)?;
+    ensure!(
+        code == 0 && output.contains("err= 0"),
+        "fio ended with {code}:\n{output}"
+    );
+    guest.begin("false")?;
+    ensure!(
+        guest.finish(SHORT)?.0 == 1,
+        "the exit code of a command in the background is lost"
+    );
     guest.must("echo the-token >/mnt/token && sync && umount /mnt", SHORT)?;
     guest.poweroff()?;
     daemon.stop();
@@ -301,7 +310,11 @@ fn lives(kind: VmmKind) -> Result<()> {
     ensure!(!process.is_alive() && phase()? == Phase::Stopped);
 
     let mut broken = bench.spec("hold x")?;
+<<<<<<< HEAD
     broken.volumes[0].queues = 9;
+=======
+    (broken.vcpus, broken.volumes[0].queues) = (9, 9);
+>>>>>>> vmm2
     let failed = vmm()
         .start(&broken)
         .err()
@@ -327,4 +340,51 @@ fn a_vm_lives_under_cloud_hypervisor() -> Result<()> {
     } else {
         Ok(())
     }
+}
+
+/// What only a guest that takes part can show: a disk comes and goes while it runs, and it powers itself off when asked.
+#[test]
+fn a_linux_under_the_adapter_takes_part() -> Result<()> {
+    let bench = Bench::new()?;
+    let vmm = Qemu::new(bench.root.clone());
+    let (kernel, initramfs) = boot_files(&cache(), bench.dir.path())?;
+    let mut spec = bench.spec("console=ttyS0 watch")?;
+    spec.memory = "512M".parse().map_err(anyhow::Error::msg)?;
+    (spec.boot.kernel, spec.boot.initramfs) = (Some(kernel), Some(initramfs));
+    let log = bench.serial("console=ttyS0 watch");
+    let told = |disks: &str| {
+        let line = format!("disks {disks}");
+        ensure!(
+            wait_until(SHORT, || pvh::verdict(&log, Duration::ZERO)
+                .is_ok_and(|now| now == line)),
+            "the guest does not see {disks}: {}",
+            String::from_utf8_lossy(&std::fs::read(&log).unwrap_or_default())
+        );
+        Ok(())
+    };
+    vmm.start(&spec)?;
+    told("/sys/block/vda")?;
+
+    let more = image_named(bench.dir.path(), "more.img", 16 << 20)?;
+    let daemon = StorageDaemon::start(&more, &bench.dir.path().join("more.sock"), 1)?;
+    let volume = VolumeSpec {
+        name: "more".to_owned(),
+        socket: daemon.socket().to_path_buf(),
+        queues: 1,
+        readonly: false,
+    };
+    for _ in 0..2 {
+        vmm.add_volume("tiny", &volume)?;
+        told("/sys/block/vda /sys/block/vdb")?;
+        vmm.remove_volume("tiny", "more", SHORT)?;
+        told("/sys/block/vda")?;
+        ensure!(bench.root.spec("tiny")?.volumes.len() == 1);
+    }
+    // A paused guest has to be woken to hear the button.
+    vmm.pause("tiny")?;
+    ensure!(
+        vmm.stop("tiny", SHORT)? == Stopped::Graceful,
+        "the guest did not power itself off"
+    );
+    Ok(())
 }

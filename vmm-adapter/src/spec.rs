@@ -105,7 +105,7 @@ pub struct VolumeSpec {
     pub name: String,
     /// Absolute path of the vhost-user-blk socket.
     pub socket: PathBuf,
-    /// Request queues. No more than the data plane offers.
+    /// Request queues. No more than the data plane offers and the VM has virtual CPUs.
     #[serde(default = "one_queue")]
     pub queues: u16,
     /// The guest must not write. A VMM cannot enforce this, the data plane does: a start is refused if it serves the volume
@@ -305,6 +305,16 @@ impl VmSpec {
         let (mut names, mut sockets) = (BTreeSet::new(), BTreeSet::new());
         for volume in &self.volumes {
             volume.check()?;
+            if u32::from(volume.queues) > self.vcpus {
+                // More would bring nothing, and Cloud Hypervisor refuses them: such a VM could not be swapped.
+                return Err(invalid(
+                    "volumes.queues",
+                    format!(
+                        "{} are more than vcpus ({}); give one per virtual CPU at most",
+                        volume.queues, self.vcpus
+                    ),
+                ));
+            }
             if !names.insert(&volume.name) {
                 return Err(invalid(
                     "volumes.name",

@@ -15,7 +15,7 @@ cmdline = "console=ttyS0"
 [[volumes]]
 name = "root"
 socket = "/run/unibody/root.sock"
-queues = 4
+queues = 2
 [[volumes]]
 name = "iso"
 socket = "/run/unibody/iso.sock"
@@ -40,7 +40,7 @@ fn a_full_specification_is_read_and_survives_being_written() {
     let spec = VmSpec::parse(FULL).unwrap();
     assert_eq!(spec.memory, Memory(512 << 20));
     assert_eq!(spec.accelerator, Accelerator::Tcg);
-    assert_eq!((spec.volumes[0].queues, spec.volumes[1].queues), (4, 1));
+    assert_eq!((spec.volumes[0].queues, spec.volumes[1].queues), (2, 1));
     assert!(spec.volumes[1].readonly && !spec.volumes[0].readonly);
     assert_eq!(VmSpec::parse(&spec.to_toml().unwrap()).unwrap(), spec);
 }
@@ -68,7 +68,12 @@ fn what_cannot_work_is_refused_with_its_key() {
         ),
         ("\"iso\"", "\"root\"", "volumes.name: \"root\" is there twice"),
         ("iso.sock", "root.sock", "can be attached only once"),
-        ("queues = 4", "queues = 65", "volumes.queues: 65"),
+        ("queues = 2", "queues = 65", "volumes.queues: 65"),
+        (
+            "queues = 2",
+            "queues = 3",
+            "volumes.queues: 3 are more than vcpus",
+        ),
         ("52:54:00:12:34:56", "53:54:00:12:34:56", "networks.mac"),
         ("52:54:00:12:34:56", "52:54:00:12:34:+6", "networks.mac"),
         ("tap0", "tap0,script=/bin/sh", "networks.tap"),

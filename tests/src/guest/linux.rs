@@ -63,9 +63,7 @@ impl LinuxGuest {
     /// its console).
     pub fn start(options: &LinuxOptions) -> Result<Self> {
         let qemu = tool("qemu-system-x86_64", "qemu-system-x86")?;
-        let kernel = kernel::get(&options.cache)?;
-        let initramfs = options.workdir.join("initramfs");
-        fs::write(&initramfs, initramfs_bytes(&kernel)?)?;
+        let (kernel, initramfs) = boot_files(&options.cache, &options.workdir)?;
         let console = options.workdir.join("console.log");
         let socket = options.workdir.join("commands.sock");
         let log = fs::File::create(options.workdir.join("qemu.log"))?;
@@ -87,11 +85,7 @@ impl LinuxGuest {
             socket.display()
         ));
         command.args(["-serial", "chardev:commands"]);
-        command
-            .arg("-kernel")
-            .arg(&kernel.image)
-            .arg("-initrd")
-            .arg(&initramfs);
+        command.arg("-kernel").arg(&kernel).arg("-initrd").arg(&initramfs);
         command.args([
             "-append",
             "console=ttyS0 panic=-1 loglevel=4 mitigations=off tsc=nowatchdog",
@@ -161,29 +155,32 @@ impl LinuxGuest {
         }
     }
 
-    /// Sends a command whose answer is taken later by [`LinuxGuest::finish`], so that the test can act in the meantime.
+    /// Begins a command whose answer is taken later by [`LinuxGuest::finish`], so that the test can act in the meantime.
     ///
     /// # Errors
     /// The guest is gone.
     pub fn begin(&mut self, line: &str) -> Result<()> {
-        self.must(
-            &format!("({line}) >/run/begun.out 2>&1 & echo $! >/run/begun.pid"),
-            Duration::from_secs(30),
-        )
-        .map(drop)
+        let line = format!(
+            "rm -f /run/code; ({line}; echo $? >/run/code.new; mv /run/code.new /run/code) >/run/out 2>&1 &"
+        );
+        self.must(&line, Duration::from_secs(30)).map(drop)
     }
 
-    /// Waits for the command of [`LinuxGuest::begin`]: its output, which should show whether it succeeded.
+    /// Waits for the command of [`LinuxGuest::begin`]: its exit code, and what it wrote to both outputs.
     ///
     /// # Errors
     /// It has not ended within `timeout`.
-    pub fn finish(&mut self, timeout: Duration) -> Result<String> {
+    pub fn finish(&mut self, timeout: Duration) -> Result<(i32, String)> {
         let seconds = timeout.as_secs();
-        let wait = format!(
-            "for i in $(seq {seconds}); do kill -0 $(cat /run/begun.pid) 2>/dev/null || break; sleep 1; done; \
-             cat /run/begun.out; ! kill -0 $(cat /run/begun.pid) 2>/dev/null"
-        );
-        self.must(&wait, timeout + Duration::from_secs(60))
+        let wait =
+            format!("for i in $(seq {seconds}); do test -e /run/code && break; sleep 1; done; cat /run/code");
+        // The sleeps of an emulated guest are longer than they should be.
+        let code = self.must(&wait, timeout * 2 + Duration::from_secs(30))?;
+        let code = code
+            .trim()
+            .parse()
+            .context("the exit code of a command in the background")?;
+        Ok((code, self.must("cat /run/out", Duration::from_secs(30))?))
     }
 
     /// Powers the guest off, after a sync, and waits for the end of QEMU.
@@ -245,6 +242,20 @@ impl LinuxGuest {
         }
         Ok(())
     }
+}
+
+/// The kernel (in `cache`) and the initial file system (in `workdir`) of this guest, for a test that starts a VMM itself.
+///
+/// With `console=ttyS0 watch` as its command line the guest tells its disks on the console, as `UNIBODY-GUEST OK disks` and
+/// their names below `/sys/block`, whenever they change, and powers off at the power button.
+///
+/// # Errors
+/// A program or package is missing; the message says which.
+pub fn boot_files(cache: &Path, workdir: &Path) -> Result<(PathBuf, PathBuf)> {
+    let kernel = kernel::get(cache)?;
+    let initramfs = workdir.join("initramfs");
+    fs::write(&initramfs, initramfs_bytes(&kernel)?)?;
+    Ok((kernel.image, initramfs))
 }
 
 fn connect(socket: &Path, qemu: &mut Owned) -> Result<UnixStream> {

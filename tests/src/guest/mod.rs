@@ -20,7 +20,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 
-pub use linux::{GuestVolume, LinuxGuest, LinuxOptions};
+pub use linux::{GuestVolume, LinuxGuest, LinuxOptions, boot_files};
 
 /// How often waiting code looks again.
 const POLL: Duration = Duration::from_millis(20);

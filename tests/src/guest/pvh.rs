@@ -83,10 +83,9 @@ pub fn verdict(serial_log: &Path, timeout: Duration) -> Result<String> {
     let mut found = None;
     wait_until(timeout, || {
         let text = String::from_utf8_lossy(&fs::read(serial_log).unwrap_or_default()).into_owned();
-        let whole = text
-            .lines()
-            .rev()
-            .find(|line| line.contains(VERDICT) && text.contains(&format!("{line}\n")));
+        // A line counts once it has ended; a Linux console ends it with a carriage return as well.
+        let (ended, _) = text.rsplit_once('\n').unwrap_or_default();
+        let whole = ended.lines().rev().find(|line| line.contains(VERDICT));
         found = whole
             .and_then(|line| line.split_once(VERDICT))
             .map(|(_, verdict)| verdict.trim().to_owned());
