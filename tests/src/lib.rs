@@ -4,4 +4,5 @@
 
 pub mod checker;
 pub mod guest;
+pub mod node;
 pub mod sim;

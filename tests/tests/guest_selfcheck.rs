@@ -310,11 +310,7 @@ fn lives(kind: VmmKind) -> Result<()> {
     ensure!(!process.is_alive() && phase()? == Phase::Stopped);
 
     let mut broken = bench.spec("hold x")?;
-<<<<<<< HEAD
-    broken.volumes[0].queues = 9;
-=======
     (broken.vcpus, broken.volumes[0].queues) = (9, 9);
->>>>>>> vmm2
     let failed = vmm()
         .start(&broken)
         .err()

@@ -102,9 +102,10 @@ impl Session {
         self.protocol & VhostUserProtocolFeatures::BACKEND_REQ.bits() != 0
     }
 
-    /// Messages that ask for it are acknowledged.
+    /// Messages that ask for it are acknowledged. A front end may ask before it has acknowledged any feature (QEMU does),
+    /// so only the negotiated protocol counts.
     pub(crate) fn acknowledges(&self) -> bool {
-        self.features & F_PROTOCOL != 0 && self.protocol & VhostUserProtocolFeatures::REPLY_ACK.bits() != 0
+        self.protocol & VhostUserProtocolFeatures::REPLY_ACK.bits() != 0
     }
 
     fn offered(&self) -> u64 {
