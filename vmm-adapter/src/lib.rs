@@ -18,6 +18,7 @@ mod error;
 mod lifecycle;
 mod process;
 mod qemu;
+mod qemu_arguments;
 mod runtime;
 pub mod spec;
 
