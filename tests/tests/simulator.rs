@@ -16,6 +16,10 @@ const SEEDS: Range<u64> = 0..2_000;
 /// Seeds that found a bug once, with what it was.
 const KEPT: &[(u64, &str)] = &[
     (
+        151,
+        "a torn first write was recorded lost though a replica that never had it was intact",
+    ),
+    (
         18,
         "a second replica's bad block was read over the first one's good one",
     ),

@@ -119,7 +119,15 @@ fn plan_as(views: &[View<'_>], adopt: bool, record_lost: bool) -> Option<Plan> {
         }
         let wanted = (!unknown).then_some(base.image.crcs[b]);
         let (source, crc) = match choose(views, order, b, wanted, adopt) {
-            Some(chosen) => chosen,
+            Some(Choice::Data(source, crc)) => (source, crc),
+            Some(Choice::Hole) => {
+                plan.image.valid &= !bit;
+                plan.image.zero |= bit;
+                plan.image.lost &= !bit;
+                plan.image.crcs[b] = 0;
+                plan.changed = true;
+                continue;
+            }
             None if record_lost => {
                 plan.image.valid &= !bit;
                 plan.image.zero &= !bit;
@@ -162,14 +170,16 @@ fn plan_as(views: &[View<'_>], adopt: bool, record_lost: bool) -> Option<Plan> {
     Some(plan)
 }
 
+/// What a block becomes.
+enum Choice {
+    /// Data from there, with this checksum.
+    Data(Source, u32),
+    /// Nothing was ever written there that anybody was promised.
+    Hole,
+}
+
 /// Where block `b` comes from, and its checksum.
-fn choose(
-    views: &[View<'_>],
-    order: &[u8],
-    b: usize,
-    wanted: Option<u32>,
-    adopt: bool,
-) -> Option<(Source, u32)> {
+fn choose(views: &[View<'_>], order: &[u8], b: usize, wanted: Option<u32>, adopt: bool) -> Option<Choice> {
     let in_sync = || order.iter().map(|&i| (i, views[usize::from(i)].digest));
     let others = || {
         views
@@ -181,31 +191,37 @@ fn choose(
     if let Some(crc) = wanted {
         for (i, digest) in in_sync().chain(others()) {
             if good(digest, b) && digest.image.crcs[b] == crc {
-                return Some((Source::Good(i), crc));
+                return Some(Choice::Data(Source::Good(i), crc));
             }
         }
         for (i, digest) in in_sync().chain(others()) {
             if found(digest, b) == Some(crc) {
-                return Some((Source::Raw(i), crc));
+                return Some(Choice::Data(Source::Raw(i), crc));
             }
         }
     }
+    // An older state that is intact: the write that hit the block was acknowledged to nobody, else this replica had it.
     for (i, digest) in in_sync() {
         if good(digest, b) {
-            return Some((Source::Good(i), digest.image.crcs[b]));
+            return Some(Choice::Data(Source::Good(i), digest.image.crcs[b]));
+        }
+        let bit: BlockMask = 1 << b;
+        let image = &digest.image;
+        if !views[usize::from(i)].suspect && (image.valid | image.lost | digest.bad) & bit == 0 {
+            return Some(Choice::Hole);
         }
     }
     for (_, record) in in_sync().filter(|(_, digest)| digest.image.valid >> b & 1 != 0) {
         for (i, digest) in in_sync() {
             if found(digest, b) == Some(record.image.crcs[b]) {
-                return Some((Source::Raw(i), record.image.crcs[b]));
+                return Some(Choice::Data(Source::Raw(i), record.image.crcs[b]));
             }
         }
     }
     if adopt && wanted.is_some() {
         for (i, digest) in in_sync() {
             if let Some(crc) = found(digest, b) {
-                return Some((Source::Raw(i), crc));
+                return Some(Choice::Data(Source::Raw(i), crc));
             }
         }
     }
@@ -281,6 +297,29 @@ mod tests {
         let plan = plan_of(&[(&a, true), (&b, true)], true);
         assert_eq!((plan.source[0], plan.image.crcs[0]), (Source::Raw(0), 4));
         assert!(plan.changed && plan.adopted == 0);
+    }
+
+    #[test]
+    fn a_torn_first_write_becomes_a_hole_again_where_an_intact_replica_never_had_it() {
+        let torn = bad(digest(9, &[(0, 5), (1, 6)]), 0, Some(77));
+        let before = digest(8, &[(1, 6)]);
+        for adopt in [false, true] {
+            let plan = plan_of(&[(&torn, true), (&before, true)], adopt);
+            assert_eq!(
+                (plan.image.valid, plan.image.zero, plan.lost, plan.adopted),
+                (2, 1, 0, 0)
+            );
+            assert!(plan.changed && plan.install[..2].iter().all(Option::is_some));
+        }
+        let mut lost = digest(8, &[(1, 6)]);
+        lost.image.lost = 1;
+        let plan = plan_of(&[(&torn, true), (&lost, true)], false);
+        assert_eq!(
+            plan.image.valid & 1 & !plan.image.lost,
+            plan.image.valid & 1,
+            "a lost block is no hole"
+        );
+        assert_eq!(plan.image.zero & 1, 0);
     }
 
     #[test]
