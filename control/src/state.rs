@@ -245,7 +245,8 @@ pub enum Command {
         /// Bytes for data.
         bytes: u64,
     },
-    /// Nothing new goes to this disk.
+    /// A disk is gone for good, says the operator: nothing new goes to it, and its replicas are stale wherever another
+    /// in-sync one is left.
     DiskOut {
         /// The disk.
         disk: DiskUuid,
@@ -421,6 +422,7 @@ impl State {
                     .get_mut(&Disk(*disk))
                     .ok_or(Refused::NoDisk(*disk))?
                     .out = true;
+                self.give_up_on(Disk(*disk));
                 Ok(Applied::Done)
             }
             Command::Distrust { disk, salt } => {
@@ -544,6 +546,28 @@ impl State {
                 volume: volume.clone(),
             }),
             None => Ok(()),
+        }
+    }
+
+    /// Nobody waits any longer for what was on a disk that is out, where another in-sync replica is left. An owner that is
+    /// attached hears of it as of any change by another's hand.
+    fn give_up_on(&mut self, disk: Disk) {
+        for volume in self.volumes.values_mut() {
+            let mut changed = false;
+            for slots in &mut volume.chunks {
+                let in_sync = slots
+                    .iter()
+                    .filter(|slot| slot.state == ReplicaState::InSync)
+                    .count();
+                for slot in slots.iter_mut().filter(|slot| slot.disk == disk) {
+                    let last = slot.state == ReplicaState::InSync && in_sync == 1;
+                    if !last && slot.state != ReplicaState::Stale {
+                        slot.state = ReplicaState::Stale;
+                        changed = true;
+                    }
+                }
+            }
+            volume.config += u32::from(changed);
         }
     }
 

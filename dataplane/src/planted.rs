@@ -58,6 +58,8 @@ pub enum Bug {
     FreeJournalEarly,
     /// Store: blocks of regions found dirty at open are served unchecked.
     IgnoreInDoubt,
+    /// Store: a chunk is marked clean though a write in it is above the stable version.
+    CleanAboveStable,
     /// Store: a write does not wait for a clean mark that is on its way.
     CleanMarkRace,
 }
@@ -94,6 +96,7 @@ impl Bug {
         Bug::FreeJournalEarly,
         Bug::IgnoreInDoubt,
         Bug::CleanMarkRace,
+        Bug::CleanAboveStable,
     ];
 }
 

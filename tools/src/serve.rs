@@ -59,6 +59,7 @@ pub(crate) fn run(args: ServeArgs) -> Result<()> {
     let options = options(args)?;
     let sockets: Vec<_> = options.volumes.iter().filter_map(|v| v.socket.clone()).collect();
     let stop = unibody_control::node::stop_on_signals().context("signals can not be caught")?;
+    raise_file_limit();
     let node = Node::start(options)?;
     for line in node.notices() {
         eprintln!("unibody: {line}");
@@ -69,6 +70,21 @@ pub(crate) fn run(args: ServeArgs) -> Result<()> {
     println!("ready");
     node.run(stop)?;
     Ok(())
+}
+
+/// A thousand devices need ten thousand descriptors: takes what the system allows.
+fn raise_file_limit() {
+    use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+    let limit = getrlimit(Resource::Nofile);
+    // Where it is refused, few devices still work, and one too many says why it does not.
+    setrlimit(
+        Resource::Nofile,
+        Rlimit {
+            current: limit.maximum,
+            ..limit
+        },
+    )
+    .ok();
 }
 
 fn options(args: ServeArgs) -> Result<NodeOptions> {

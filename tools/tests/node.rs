@@ -320,3 +320,76 @@ fn an_idle_node_sleeps() {
     runs(&["bench", &place.str("v7.sock"), "--runtime", "0.2", "--ramp", "0"]);
     assert_eq!(node.terminate(), Some(0));
 }
+
+/// The path of a request makes no system call but `io_uring_enter`: traced on the reactor's thread under load.
+#[test]
+fn under_load_the_reactor_makes_no_system_call_but_io_uring_enter() {
+    let place = Place::new();
+    let disk = place.disk("a.img", "256M");
+    let node = Node::start(&[
+        "--disk",
+        &disk,
+        "--state",
+        &place.str("state"),
+        "--volume",
+        &place.volume("v", "size=64M,mirror=1"),
+    ]);
+    let socket = place.str("v.sock");
+    runs(&["bench", &socket, "--fill", "--bs", "64K"]);
+    let reactor = std::fs::read_dir(format!("/proc/{}/task", node.pid()))
+        .unwrap()
+        .flatten()
+        .find(|task| std::fs::read_to_string(task.path().join("comm")).unwrap().trim() == "reactor0")
+        .expect("a reactor");
+    let load = {
+        let socket = socket.clone();
+        std::thread::spawn(move || {
+            runs(&[
+                "bench",
+                &socket,
+                "--rw",
+                "randrw",
+                "--runtime",
+                "4",
+                "--ramp",
+                "0",
+            ])
+        })
+    };
+    // Past the beginning of the load: queues are started by then.
+    std::thread::sleep(Duration::from_secs(1));
+    let trace = place.str("trace");
+    let strace = std::process::Command::new("timeout")
+        .args([
+            "-s",
+            "INT",
+            "1",
+            "strace",
+            "-qq",
+            "-o",
+            &trace,
+            "-p",
+            reactor.file_name().to_str().unwrap(),
+        ])
+        .status()
+        .expect("strace is installed by `cargo xtask test`");
+    assert_ne!(strace.code(), Some(127), "timeout and strace are there");
+    load.join().unwrap();
+    let text = std::fs::read_to_string(&trace).unwrap();
+    let calls: Vec<&str> = text
+        .lines()
+        .filter_map(|line| line.split_once('('))
+        .map(|call| call.0)
+        .collect();
+    assert!(calls.len() > 10, "nothing was traced: {text}");
+    // `restart_syscall` is what a stop by the tracer does to a wait.
+    let others: Vec<_> = calls
+        .iter()
+        .filter(|call| !matches!(**call, "io_uring_enter" | "restart_syscall"))
+        .collect();
+    assert!(
+        others.is_empty(),
+        "system calls on the path of a request: {others:?}"
+    );
+    assert_eq!(node.terminate(), Some(0));
+}

@@ -282,6 +282,10 @@ impl Node {
                 unclean.push("a volume did not become quiet".to_owned());
             }
         }
+        if !unclean.is_empty() {
+            // Closing would mark clean what an owner has not made equal: leave the disks as a crash would.
+            return Err(NodeError::Wrong(unclean.join("; ")));
+        }
         let online: Vec<_> = self
             .disks
             .iter()
@@ -928,6 +932,11 @@ impl Node {
         let index = self.add_slot(spec)?;
         if let Some(uuid) = uuid {
             self.control.execute(&Command::DiskOut { disk: uuid })?;
+            for volume in self.volumes.iter().flatten() {
+                if let Some(record) = self.control.state().volumes.get(&volume.name) {
+                    self.plane.reconfigured(volume.index, record.to_config());
+                }
+            }
             self.leaving.push((uuid, None));
         }
         Ok(index)

@@ -6,7 +6,7 @@ use super::codec::{ChunkState, ENTRY_MAX};
 use super::ops::Step;
 use super::tables::{ABSENT, EMPTY};
 use super::{Effect, Store};
-use crate::ids::EXTENTS_PER_CHUNK;
+use crate::ids::{EXTENTS_PER_CHUNK, Version};
 use crate::planted::{self, Bug};
 
 /// A chunk is marked clean when it was not written for so long, ms.
@@ -27,11 +27,13 @@ impl Store {
         let chunks = self.tables.chunks.len() as u32;
         for _ in 0..LOOK_MAX.min(chunks as usize) {
             let place = self.hand;
+            let stable = self.stable_of(place);
             self.hand = (self.hand + 1) % chunks;
             let chunk = &mut self.tables.chunks[place as usize];
             let idle = chunk.entry.dirty != 0
                 && chunk.writers == 0
                 && !chunk.cleaning
+                && (chunk.newest <= stable || planted::on(Bug::CleanAboveStable))
                 && self.now_ms >= chunk.written_ms + CLEAN_AFTER_MS;
             if idle && self.flusher.cleaning.len() < CLEANING_MAX {
                 chunk.cleaning = true;
@@ -55,6 +57,7 @@ impl Store {
             if unchanged && self.make_room(ENTRY_MAX, out) {
                 let chunk = &mut self.tables.chunks[place as usize];
                 chunk.entry.dirty = 0;
+                chunk.newest = Version::ZERO;
                 if !planted::on(Bug::CleanMarkRace) {
                     chunk.marked = 0;
                 }

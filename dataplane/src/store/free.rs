@@ -68,7 +68,7 @@ impl Store {
         }
     }
 
-    fn stable_of(&self, place: u32) -> Version {
+    pub(super) fn stable_of(&self, place: u32) -> Version {
         let volume = self.tables.chunks[place as usize].entry.chunk.key.volume;
         self.tables
             .volume(volume)

@@ -35,6 +35,9 @@ pub(super) struct Chunk {
     pub(super) freeing: u32,
     /// Counts writes begun, to see whether there was one since.
     pub(super) writes: u64,
+    /// The newest version written since it was last clean. Only what is stable can be clean: else one replica would
+    /// forget a write that another never had, and no owner would compare them (decision 0010).
+    pub(super) newest: Version,
     /// When the last write ended, as of the last tick.
     pub(super) written_ms: u64,
     /// Its cleaning waits for a flush.

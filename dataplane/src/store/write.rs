@@ -11,7 +11,7 @@ use super::tables::{ABSENT, EMPTY};
 use super::window::Taken;
 use super::{Effect, Failure, Kind, Store, token};
 use crate::disk::Io;
-use crate::ids::{BLOCK, EXTENTS_PER_REGION};
+use crate::ids::{BLOCK, EXTENTS_PER_REGION, Version};
 use crate::planted::{self, Bug};
 use crate::replica::{ChunkRef, ExtentImage, Request, Status};
 
@@ -130,11 +130,17 @@ impl Store {
             map[usize::from(extent)] = slot;
         }
         slot &= !EMPTY;
+        let version = match self.ops[i].request {
+            Some(Request::Write { version, .. } | Request::Zero { version, .. }) => version,
+            Some(Request::Install { image, .. }) => image.version,
+            _ => Version::ZERO,
+        };
         let state = &mut self.tables.chunks[place as usize];
         if !self.ops[i].writing {
             self.ops[i].writing = true;
             state.writers += 1;
             state.writes += 1;
+            state.newest = state.newest.max(version);
         }
         let region = 1u64 << (usize::from(extent) / EXTENTS_PER_REGION);
         if state.marked & region == 0 && !planted::on(Bug::SkipDirtyMark) {

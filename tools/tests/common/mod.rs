@@ -108,7 +108,6 @@ impl Node {
         }
     }
 
-    #[allow(dead_code, reason = "not every test file needs it")]
     pub(crate) fn pid(&self) -> u32 {
         self.child.id()
     }
