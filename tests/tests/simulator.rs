@@ -16,6 +16,11 @@ const SEEDS: Range<u64> = 0..2_000;
 /// Seeds that found a bug once, with what it was.
 const KEPT: &[(u64, &str)] = &[
     (
+        1849,
+        "an unaligned write failed because the replica of its edges was away for a moment",
+    ),
+    (1138, "a disk declared gone kept its volume from attaching"),
+    (
         151,
         "a torn first write was recorded lost though a replica that never had it was intact",
     ),

@@ -809,7 +809,11 @@ impl Mirror {
                 Some(Reply::Read { holes, bad, .. }) => {
                     self.edge_reply(p, edge, holes != 0, bad != 0, out);
                 }
-                _ => self.edge_reply(p, edge, false, true, out),
+                _ => {
+                    // As for a read: the replica is gone, not the block.
+                    self.pieces[p].tried &= !bit;
+                    self.edge_reply(p, edge, false, true, out);
+                }
             };
         }
         match (self.pieces[p].kind, reply) {
