@@ -296,6 +296,13 @@ pub enum Command {
         /// Name.
         name: String,
     },
+    /// The contents are no longer what front ends remember: writes they were promised may be gone.
+    Renew {
+        /// Name.
+        name: String,
+        /// Drawn by the caller.
+        instance: u128,
+    },
     /// A new owner: the next generation.
     Attach {
         /// Name.
@@ -498,6 +505,10 @@ impl State {
                 .remove(name)
                 .map(|_| Applied::Done)
                 .ok_or_else(|| Refused::NoVolume(name.clone())),
+            Command::Renew { name, instance } => {
+                self.volume_mut(name)?.instance = *instance;
+                Ok(Applied::Done)
+            }
             Command::Attach { name } => {
                 let volume = self.volume_mut(name)?;
                 if volume.generation + 1 >= 1 << 24 {

