@@ -20,7 +20,6 @@ const FOUND: &[(Bug, u64)] = &[
     (Bug::PromoteWithoutCompare, 60),
     (Bug::ReadFromStale, 300),
     (Bug::AnswerBadBlock, 60),
-    (Bug::WriteUncleanRegion, 300),
     (Bug::OldBootIsSame, 60),
     (Bug::SkipDirtyMark, 60),
     (Bug::FreeJournalEarly, 60),
