@@ -1,7 +1,7 @@
 //! The data plane as its control threads see it: a handle that starts reactors and sends them commands.
 //!
 //! Every disk and every volume belongs to one reactor, given round-robin by its index. What the control threads want done
-//! goes there as a [`Command`] through the reactor's mailbox; what a reactor has to say comes back as an [`Event`].
+//! goes there as a command through the reactor's mailbox; what a reactor has to say comes back as an [`Event`].
 //! None of this is on the path of a guest's request.
 
 use std::io;

@@ -22,7 +22,7 @@ pub(crate) struct ServeArgs {
     /// A disk: a formatted file or block device, `mem:2G`, or `null:1G`; `,domain=a` names its failure domain.
     #[arg(long = "disk", value_name = "SPEC")]
     disks: Vec<String>,
-    /// A volume: NAME[,size=1G][,mirror=2][,width=4][,unit=256K][,socket=PATH][,queues=1][,readonly]. It is created if the
+    /// A volume: `NAME,size=1G,mirror=2,width=4,unit=256K,socket=PATH,queues=1,readonly`, all but NAME optional. It is created if the
     /// state does not know it.
     #[arg(long = "volume", value_name = "SPEC")]
     volumes: Vec<String>,

@@ -3,7 +3,7 @@
 //! * [`Io`] and [`Completion`]: the words of the hot path. A store asks, the reactor's back end does it and answers.
 //! * [`BlockIo`]: plain sequential access, for formatting, opening and checking a disk, where clarity beats speed.
 //!
-//! All offsets and lengths are multiples of [`BLOCK`](crate::ids::BLOCK).
+//! All offsets and lengths are multiples of [`BLOCK`].
 //!
 //! [`Disk`] is what a reactor drives: synchronous back ends complete inside `submit`, io_uring ones share the reactor's
 //! ring. Back ends: [`uring`], [`memory_disk`], [`null`], and [`faulty`] around any of them.
