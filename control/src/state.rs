@@ -192,18 +192,12 @@ impl Volume {
 }
 
 impl State {
-    /// Whether a replica found on a disk belongs there.
-    pub fn has_replica(&self, disk: DiskUuid, found: &ChunkRef) -> bool {
-        let volume = self
-            .volumes
+    /// Whether a replica found on a disk is of a volume that there is. (One that was moved away while its disk was out stays
+    /// there until its volume is deleted: to drop it would take the volume's own generation.)
+    pub fn has_volume(&self, found: &ChunkRef) -> bool {
+        self.volumes
             .values()
-            .find(|volume| volume.id == found.key.volume.0);
-        let slots = volume.and_then(|volume| volume.chunks.get(found.key.chunk as usize));
-        slots.is_some_and(|slots| {
-            slots
-                .iter()
-                .any(|slot| slot.disk == Disk(disk) && slot.incarnation == found.incarnation)
-        })
+            .any(|volume| volume.id == found.key.volume.0)
     }
 }
 

@@ -399,7 +399,7 @@ impl Node {
         let garbage = opened
             .chunks
             .iter()
-            .filter(|chunk| !state.has_replica(up.uuid, chunk))
+            .filter(|chunk| !state.has_volume(chunk))
             .copied()
             .collect();
         self.plane

@@ -141,8 +141,12 @@ impl Shard {
             }
         }
         let known = |index: &Option<DiskIndex>| index.and_then(|disk| self.disks[usize::from(disk.0)]);
-        volume.inline = volume.routes.iter().filter_map(known).all(|up| up.inline);
-        volume.null = volume.routes.iter().filter_map(known).all(|up| up.null) && !volume.routes.is_empty();
+        // Of a disk that is away nothing is known, so nothing is assumed of it.
+        let all = |is: &dyn Fn(DiskUp) -> bool| {
+            !volume.routes.is_empty() && volume.routes.iter().all(|disk| known(disk).is_some_and(is))
+        };
+        let (inline, null) = (all(&|up| up.inline), all(&|up| up.null));
+        (volume.inline, volume.null) = (inline, null);
         for up in fresh {
             self.with_mirror(index, |mirror, out| mirror.disk_up(up.uuid, true, out));
         }

@@ -64,6 +64,8 @@ pub(super) struct Names {
     free: Vec<u32>,
     /// For each name the operation.
     op: Vec<u32>,
+    /// Operations of the volume.
+    in_hand: usize,
 }
 
 impl Names {
@@ -71,12 +73,13 @@ impl Names {
         Names {
             free: (0..max).rev().collect(),
             op: vec![0; max as usize],
+            in_hand: 0,
         }
     }
 
-    /// Names left.
+    /// Operations that can still be begun: each holds one name at most, also while it waits.
     pub(super) fn room(&self) -> usize {
-        self.free.len()
+        self.op.len() - self.in_hand
     }
 
     fn take(&mut self, op: u32) -> OpId {
@@ -164,6 +167,9 @@ impl Shard {
     /// Takes a request. There is a slot: the caller looked.
     pub(super) fn begin(&mut self, queue: u32, volume: VolumeIndex, request: Request) {
         self.stats.requests += 1;
+        if let Some(volume) = &mut self.volumes[usize::from(volume.0)] {
+            volume.names.in_hand += 1;
+        }
         let id = self
             .ops
             .free
@@ -490,6 +496,10 @@ impl Shard {
     }
 
     fn free(&mut self, id: u32) {
+        let volume = self.ops.slots[id as usize].volume;
+        if let Some(volume) = &mut self.volumes[usize::from(volume.0)] {
+            volume.names.in_hand -= 1;
+        }
         self.ops.slots[id as usize].state = State::Free;
         self.ops.free.push(id);
     }
