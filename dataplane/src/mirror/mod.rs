@@ -28,6 +28,8 @@ mod plan;
 mod propose;
 mod slab;
 mod sync;
+#[cfg(test)]
+mod tests;
 
 use std::collections::VecDeque;
 
@@ -396,6 +398,12 @@ impl Mirror {
     /// Where it is in its life.
     pub fn phase(&self) -> Phase {
         self.phase
+    }
+
+    /// No operation is in hand and no request is out: nobody uses memory of it or of its operations, and no answer to it
+    /// is on its way.
+    pub fn is_quiet(&self) -> bool {
+        self.ops_live == 0 && self.requests.live() == 0
     }
 
     /// The uuid of a disk of the table. The table only grows; [`Mirror::disks`] tells how far.

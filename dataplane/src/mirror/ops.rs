@@ -471,11 +471,14 @@ impl Mirror {
         {
             let disk = self.chunks[c as usize].slots[usize::from(slot)].disk;
             let want = self.seq;
-            let piece = &mut self.pieces[p];
-            (piece.stage, piece.want, piece.flush_disk) = (Stage::Flushing, want, disk);
-            self.flush_wait.push_back(p);
-            self.flush_disk(usize::from(disk), out);
-            return;
+            // It may have been flushed while the write waited for a replica that is gone now.
+            if !self.is_flushed(usize::from(disk), want) {
+                let piece = &mut self.pieces[p];
+                (piece.stage, piece.want, piece.flush_disk) = (Stage::Flushing, want, disk);
+                self.flush_wait.push_back(p);
+                self.flush_disk(usize::from(disk), out);
+                return;
+            }
         }
         self.finish(p, None, out);
     }
