@@ -10,7 +10,7 @@ mod exports;
 mod operator;
 mod status;
 
-use std::collections::VecDeque;
+use std::collections::{BTreeMap, VecDeque};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::mpsc;
@@ -21,8 +21,9 @@ use unibody_dataplane::disk::faulty::{self, Kinds, Rule};
 use unibody_dataplane::disk::spec::{Backend, DiskSpec, SpecError};
 use unibody_dataplane::disk::{DiskKind, IoError};
 use unibody_dataplane::frontend::{DeviceConfig, Export, ServeError};
-use unibody_dataplane::ids::{DiskUuid, VolumeId};
+use unibody_dataplane::ids::{DiskUuid, Generation, VolumeId};
 use unibody_dataplane::plane::{DISKS_MAX, DiskIndex, DiskUp, Event, Plane, VOLUMES_MAX, VolumeIndex};
+use unibody_dataplane::replica::ChunkRef;
 
 use crate::admin::{Fault, Request, Response, VolumeSpec};
 use crate::local::{ExecuteError, LocalState, OpenError};
@@ -146,8 +147,6 @@ pub struct Node {
     /// Inputs that came while the agent waited for an owner to become quiet.
     backlog: VecDeque<Input>,
     sender: mpsc::Sender<Input>,
-    /// Disks whose replicas are to go elsewhere, and where to if it can be chosen.
-    leaving: Vec<(DiskUuid, Option<DiskUuid>)>,
     notices: Vec<String>,
     _door: Option<operator::Door>,
 }
@@ -203,13 +202,14 @@ impl Node {
             inputs,
             backlog: VecDeque::new(),
             sender,
-            leaving: Vec::new(),
             notices: Vec::new(),
             _door: None,
             options,
         };
         node.open_disks()?;
-        node.attach_known()?;
+        node.attach_known();
+        node.drop_garbage();
+        node.move_replicas();
         for spec in node.options.volumes.clone() {
             node.serve_volume(&spec)?;
         }
@@ -266,18 +266,23 @@ impl Node {
     fn shut_down(mut self) -> Result<(), NodeError> {
         let end = Instant::now() + PATIENCE;
         let left = |end: Instant| end.saturating_duration_since(Instant::now());
-        for volume in self.volumes.iter_mut().flatten() {
-            // Ends the session, which takes the queues back first.
-            volume.export = None;
+        let exports: Vec<_> = self
+            .volumes
+            .iter_mut()
+            .flatten()
+            .filter_map(|volume| volume.export.take())
+            .collect();
+        let mut unclean = Vec::new();
+        if !self.end_sessions(exports, end) {
+            unclean.push("a guest's requests did not end".to_owned());
         }
-        let leaving: Vec<_> = self
+        let quiet: Vec<_> = self
             .volumes
             .iter()
             .flatten()
             .map(|volume| self.plane.remove_volume(volume.index))
             .collect();
-        let mut unclean = Vec::new();
-        for quiet in leaving {
+        for quiet in quiet {
             if !self.wait_quiet(&quiet, end) {
                 unclean.push("a volume did not become quiet".to_owned());
             }
@@ -307,7 +312,20 @@ impl Node {
         }
     }
 
-    /// Waits until an owner has ended. It may still need the outcome of a proposal for that.
+    /// Ends front ends' sessions, which take their queues back first. What is in flight there may need the outcome of a
+    /// proposal, so it is not waited for in one piece.
+    fn end_sessions(&mut self, exports: Vec<Export>, end: Instant) -> bool {
+        let (ended, quiet) = mpsc::channel();
+        let ending = std::thread::Builder::new()
+            .name("sessions".into())
+            .spawn(move || {
+                drop(exports);
+                ended.send(()).ok();
+            });
+        ending.is_ok() && self.wait_quiet(&quiet, end)
+    }
+
+    /// Waits until something has ended. It may still need the outcome of a proposal for that.
     fn wait_quiet(&mut self, quiet: &mpsc::Receiver<()>, end: Instant) -> bool {
         while quiet
             .recv_timeout(Duration::from_millis(2))
@@ -395,25 +413,35 @@ impl Node {
                 bytes,
             })?;
         }
-        let state = self.control.state();
-        let garbage = opened
-            .chunks
-            .iter()
-            .filter(|chunk| !state.has_volume(chunk))
-            .copied()
-            .collect();
         self.plane
             .add_disk(up, opened.service)
             .map_err(NodeError::Plane)?;
-        self.plane.drop_chunks(index, garbage);
         self.notices.extend(opened.notices);
         let disk = self.disk_mut(index);
+        disk.found = opened.chunks;
         disk.phase = Phase::Online;
         disk.uuid = Some(up.uuid);
         disk.kind = opened.kind;
         disk.up = Some(up);
         disk.faults = opened.faults;
         Ok(())
+    }
+
+    /// Gives back the space of replicas that were found on a disk and have no place there any more. Only once the volumes
+    /// have their owners: what is dropped in the name of an earlier generation stays.
+    fn drop_garbage(&mut self) {
+        let state = self.control.state();
+        for disk in self.disks.iter_mut().filter(|disk| disk.up.is_some()) {
+            let mut garbage: BTreeMap<Generation, Vec<ChunkRef>> = BTreeMap::new();
+            for chunk in disk.found.drain(..) {
+                if let Some(generation) = disk.uuid.and_then(|uuid| state.orphan(uuid, &chunk)) {
+                    garbage.entry(generation).or_default().push(chunk);
+                }
+            }
+            for (generation, chunks) in garbage {
+                self.plane.drop_chunks(disk.index, chunks, generation);
+            }
+        }
     }
 
     /// Opens a disk where nobody waits for it.
@@ -453,38 +481,50 @@ impl Node {
         if let Some(reply) = reply {
             respond(&reply, result.map(|()| serde_json::Value::Null));
         }
+        self.drop_garbage();
         self.move_replicas();
     }
 
     // Volumes.
 
     /// Every volume the state knows has an owner from the start, served or not: what is degraded heals.
-    fn attach_known(&mut self) -> Result<(), NodeError> {
+    fn attach_known(&mut self) {
         let names: Vec<_> = self.control.state().volumes.keys().cloned().collect();
-        names.iter().try_for_each(|name| self.attach(name).map(drop))
+        for name in names {
+            if let Err(error) = self.attach(&name) {
+                self.notices
+                    .push(format!("volume {name} is not served: {}", chain(&error)));
+            }
+        }
     }
 
-    fn attach(&mut self, name: &str) -> Result<VolumeIndex, NodeError> {
-        let instance = self.instance(name)?;
-        let config = self.execute_volume(&Command::Attach {
-            name: name.to_owned(),
-        })?;
+    /// A number for one more volume.
+    fn volume_number(&self) -> Result<VolumeIndex, NodeError> {
         let number = self
             .volumes
             .iter()
             .position(Option::is_none)
             .unwrap_or(self.volumes.len());
-        if number >= VOLUMES_MAX {
-            return Err(NodeError::Wrong(format!(
+        if number < VOLUMES_MAX {
+            Ok(VolumeIndex(number as u16))
+        } else {
+            Err(NodeError::Wrong(format!(
                 "a node has at most {VOLUMES_MAX} volumes"
-            )));
+            )))
         }
-        if number == self.volumes.len() {
+    }
+
+    fn attach(&mut self, name: &str) -> Result<(), NodeError> {
+        let index = self.volume_number()?;
+        let instance = self.instance(name)?;
+        let config = self.execute_volume(&Command::Attach {
+            name: name.to_owned(),
+        })?;
+        if usize::from(index.0) == self.volumes.len() {
             self.volumes.push(None);
         }
-        let index = VolumeIndex(number as u16);
         let (name, id) = (name.to_owned(), config.id);
-        self.volumes[number] = Some(NodeVolume {
+        self.volumes[usize::from(index.0)] = Some(NodeVolume {
             name,
             id,
             index,
@@ -494,7 +534,7 @@ impl Node {
         });
         let ups: Vec<DiskUp> = self.disks.iter().filter_map(|disk| disk.up).collect();
         self.plane.add_volume(index, config, ups);
-        Ok(index)
+        Ok(())
     }
 
     /// What names a volume's contents to front ends: a guest that goes on after a restart of this process is served only if
@@ -601,6 +641,8 @@ impl Node {
     }
 
     fn create(&mut self, spec: &VolumeSpec) -> Result<(), NodeError> {
+        // Before anything durable is done.
+        self.volume_number()?;
         let size = spec.size.ok_or_else(|| {
             NodeError::Wrong(format!(
                 "there is no volume {}: to create it, say its size",
@@ -672,22 +714,30 @@ impl Node {
                 "volume {name} is in use by a VM: stop that first"
             )));
         }
-        volume.export = None;
         let index = volume.index;
-        if !self.wait_quiet(&plane.remove_volume(index), Instant::now() + PATIENCE) {
-            return Err(NodeError::Wrong(format!(
-                "volume {name} does not become quiet: see `unibody status`, then try again"
-            )));
-        }
-        self.volumes[usize::from(index.0)] = None;
         let record = self.control.state().volumes[name].clone();
+        // First of all durable: until then the volume goes on as if nobody had asked.
         self.control.execute(&Command::DeleteVolume {
             name: name.to_owned(),
         })?;
+        let volume = self.find_volume(name)?;
+        // No volume can be called so: the name is free for another.
+        volume.name = format!("(deleted) {name}");
+        let export = volume.export.take();
+        let end = Instant::now() + PATIENCE;
+        let quiet = self.end_sessions(export.into_iter().collect(), end);
+        if !quiet || !self.wait_quiet(&plane.remove_volume(index), end) {
+            // Its number stays taken; the space is given back at the next start.
+            return Err(NodeError::Wrong(format!(
+                "volume {name} is deleted, but its last I/O has not ended: a disk hangs, see `unibody status`"
+            )));
+        }
+        self.volumes[usize::from(index.0)] = None;
         // A disk that is away now is told when it comes back.
         for disk in self.disks.iter().filter(|disk| disk.phase == Phase::Online) {
             if let Some(uuid) = disk.uuid {
-                plane.drop_chunks(disk.index, record.replicas_on(uuid).collect());
+                let chunks = record.replicas_on(uuid).collect();
+                plane.drop_chunks(disk.index, chunks, Generation::LAST);
             }
         }
         Ok(())
@@ -698,12 +748,13 @@ impl Node {
     fn event(&mut self, event: Event) {
         match event {
             Event::Proposal(index, id, proposal) => self.proposal(index, id, proposal),
-            Event::DiskFailed {
-                disk: index,
-                reason,
-                distrust,
-            } => {
-                self.distrust(index, distrust);
+            Event::Distrusted(index) => {
+                self.disk_mut(index).distrust = true;
+                if let Err(error) = self.record_distrust(index) {
+                    eprintln!("unibody: {}", chain(&error));
+                }
+            }
+            Event::DiskFailed { disk: index, reason } => {
                 let disk = self.disk_mut(index);
                 eprintln!("unibody: disk {} is out of service: {reason}", disk.name);
                 disk.failed(reason, Instant::now());
@@ -742,15 +793,16 @@ impl Node {
         }
     }
 
-    /// A disk that failed by itself may have lost what it completed, though the machine kept its power.
-    fn distrust(&mut self, index: DiskIndex, distrust: bool) {
-        let Some(disk) = self.disk_mut(index).uuid.filter(|_| distrust) else {
-            return;
-        };
-        let salt = disks::random();
-        if let Err(error) = self.control.execute(&Command::Distrust { disk, salt }) {
-            eprintln!("unibody: {}", chain(&error));
+    /// Records that a disk failed by itself: it may have lost what it completed, though the machine kept its power. Until
+    /// that is durable it does not come back.
+    fn record_distrust(&mut self, index: DiskIndex) -> Result<(), NodeError> {
+        let disk = self.disk_mut(index);
+        if let (true, Some(uuid)) = (disk.distrust, disk.uuid) {
+            let salt = disks::random();
+            self.control.execute(&Command::Distrust { disk: uuid, salt })?;
         }
+        self.disk_mut(index).distrust = false;
+        Ok(())
     }
 
     /// What distinguishes the spans of power of the disks that failed by themselves.
@@ -812,17 +864,29 @@ impl Node {
             .map(|disk| disk.index)
             .collect();
         for index in due {
-            self.open_later(index, None);
+            match self.record_distrust(index) {
+                Ok(()) => self.open_later(index, None),
+                Err(error) => self.disk_mut(index).failed(chain(&error), now),
+            }
         }
         self.move_replicas();
     }
 
-    /// Gives the places on disks that are to go to others, as far as their replicas are out of sync.
+    /// Gives the places on disks that were taken out to others, as far as their replicas are out of sync, and forgets the
+    /// disks that have none left.
     fn move_replicas(&mut self) {
-        for (from, preferred) in self.leaving.clone() {
-            self.move_from(from, false, preferred);
-            if self.control.execute(&Command::ForgetDisk { disk: from }).is_ok() {
-                self.leaving.retain(|(disk, _)| *disk != from);
+        let disks = &self.control.state().disks;
+        let out: Vec<DiskUuid> = disks
+            .iter()
+            .filter(|(_, record)| record.out)
+            .map(|(disk, _)| disk.0)
+            .collect();
+        for from in out {
+            self.move_from(from, false);
+            if !self.control.state().has_replicas(from)
+                && let Err(error) = self.control.execute(&Command::ForgetDisk { disk: from })
+            {
+                eprintln!("unibody: {}", chain(&error));
             }
         }
     }
@@ -830,12 +894,10 @@ impl Node {
     /// Gives the places of replicas that a disk had no room for to other disks.
     fn move_full(&mut self) {
         let disks: Vec<DiskUuid> = self.control.state().disks.keys().map(|disk| disk.0).collect();
-        disks
-            .into_iter()
-            .for_each(|disk| self.move_from(disk, true, None));
+        disks.into_iter().for_each(|disk| self.move_from(disk, true));
     }
 
-    fn move_from(&mut self, from: DiskUuid, full: bool, preferred: Option<DiskUuid>) {
+    fn move_from(&mut self, from: DiskUuid, full: bool) {
         let names: Vec<_> = self
             .volumes
             .iter()
@@ -843,7 +905,7 @@ impl Node {
             .map(|volume| (volume.name.clone(), volume.index))
             .collect();
         for (name, index) in names {
-            let to = planner::plan_moves(self.control.state(), &name, from, full, preferred);
+            let to = planner::plan_moves(self.control.state(), &name, from, full);
             if to.is_empty() {
                 continue;
             }
@@ -870,7 +932,10 @@ impl Node {
                 Err(error) => Err(error),
             },
             Request::DiskFail { disk } => self.fail(&disk).map(null),
-            Request::DiskReturn { disk } => match self.return_disk(&disk) {
+            Request::DiskReturn { disk } => match self.return_disk(&disk).and_then(|index| {
+                self.record_distrust(index)?;
+                Ok(index)
+            }) {
                 Ok(index) => return self.open_later(index, Some(reply)),
                 Err(error) => Err(error),
             },
@@ -946,17 +1011,23 @@ impl Node {
             )));
         }
         let (uuid, domain) = (old.uuid, old.domain());
+        if let Some(uuid) = uuid.filter(|uuid| !self.control.state().disks.contains_key(&Disk(*uuid))) {
+            return Err(Refused::NoDisk(uuid).into());
+        }
         let mut spec: DiskSpec = spec.parse()?;
         spec.domain.get_or_insert(domain);
         let index = self.add_slot(spec)?;
         if let Some(uuid) = uuid {
-            self.control.execute(&Command::DiskOut { disk: uuid })?;
+            if let Err(error) = self.control.execute(&Command::DiskOut { disk: uuid }) {
+                // Nothing was changed: the new disk is not taken either.
+                self.disks.pop();
+                return Err(error.into());
+            }
             for volume in self.volumes.iter().flatten() {
                 if let Some(record) = self.control.state().volumes.get(&volume.name) {
                     self.plane.reconfigured(volume.index, record.to_config());
                 }
             }
-            self.leaving.push((uuid, None));
         }
         Ok(index)
     }
