@@ -284,6 +284,9 @@ pub struct Mirror {
     newest: u32,
     counter: u64,
     asked_generation: bool,
+    /// Reads need no confirmation.
+    leased: bool,
+    confirms: u32,
     // Flushing: `seq` counts answers to writes, see `disks`.
     seq: u64,
     stable: Version,
@@ -359,6 +362,8 @@ impl Mirror {
             newest: slab::NIL,
             counter: 0,
             asked_generation: false,
+            leased: true,
+            confirms: 0,
             seq: 0,
             stable: Version::ZERO,
             candidate: None,

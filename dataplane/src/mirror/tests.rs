@@ -5,7 +5,7 @@ use crate::config::{Change, Slot, SlotState};
 use crate::geometry::Geometry;
 use crate::ids::{BLOCK, BootId, CHUNK, EXTENTS_PER_REGION, Generation, LayerId, PowerId, VolumeId};
 use crate::memory::Arena;
-use crate::replica::{ExtentDigest, Sealed};
+use crate::replica::{ExtentDigest, Sealed, Status};
 
 const BOOT: BootId = BootId(5);
 
@@ -16,6 +16,8 @@ struct Scene {
     out: Vec<Effect>,
     /// Disks that answer nothing.
     silent: Vec<DiskIndex>,
+    /// Disks that obey a later owner.
+    sealed_by_another: Vec<DiskIndex>,
     done: Vec<(OpId, Result<(), OpError>, bool)>,
 }
 
@@ -42,6 +44,7 @@ impl Scene {
             config,
             out: Vec::new(),
             silent: Vec::new(),
+            sealed_by_another: Vec::new(),
             done: Vec::new(),
         };
         for disk in [1, 2] {
@@ -72,7 +75,15 @@ impl Scene {
                                 in_doubt: false,
                                 extents: Box::new([ExtentDigest::default(); EXTENTS_PER_REGION]),
                             },
-                            Request::Read { .. } => unreachable!("nothing is read here"),
+                            Request::Read { .. } => Reply::Read {
+                                holes: 1,
+                                bad: 0,
+                                lost: 0,
+                                crcs: [0; 16],
+                            },
+                            Request::Confirm if self.sealed_by_another.contains(&disk) => {
+                                Reply::Refused(Status::StaleGeneration)
+                            }
                             _ => Reply::Done,
                         };
                         self.mirror.replied(id, reply, &mut self.out);
@@ -143,4 +154,63 @@ fn a_write_that_the_survivor_flushed_meanwhile_is_answered_when_the_silent_disk_
         "the other replica has it, flushed; the silent disk still has its memory"
     );
     assert!(!scene.mirror.is_quiet());
+}
+
+impl Scene {
+    fn read(&mut self, op: u32, arena: &Arena) {
+        self.mirror.submit(
+            OpId(op),
+            OpKind::Read,
+            0,
+            BLOCK as u64,
+            arena.payload(0),
+            &[],
+            &mut self.out,
+        );
+        self.play();
+    }
+}
+
+#[test]
+fn without_a_lease_a_read_is_answered_when_every_required_replica_confirmed() {
+    let mut scene = Scene::new();
+    let arena = Arena::new(1).unwrap();
+    scene.mirror.set_leased(false, &mut scene.out);
+    scene.read(0, &arena);
+    assert_eq!(scene.done, [(OpId(0), Ok(()), true)], "both confirm at once");
+    scene.silent.push(DiskIndex(1));
+    // The other replica answers the read, but that is not enough.
+    scene.read(1, &arena);
+    scene.read(2, &arena);
+    assert_eq!(scene.done.len(), 1);
+    // A lease that is sure again is enough.
+    scene.mirror.set_leased(true, &mut scene.out);
+    scene.play();
+    assert_eq!(scene.done.len(), 3);
+    scene.mirror.set_leased(false, &mut scene.out);
+    scene.read(3, &arena);
+    assert_eq!(scene.done.len(), 3);
+    // And so is the commit that the silent replica is required no more.
+    scene.pass(100, 5_000);
+    assert_eq!(scene.config.chunks[0][1].state, SlotState::Stale);
+    assert_eq!(scene.done.len(), 4);
+    assert!(scene.done.iter().all(|(_, result, _)| result.is_ok()));
+}
+
+#[test]
+fn an_owner_that_was_replaced_returns_nothing_it_read() {
+    for lease_comes_back in [false, true] {
+        let mut scene = Scene::new();
+        let arena = Arena::new(1).unwrap();
+        scene.mirror.set_leased(false, &mut scene.out);
+        // A later owner could reach only the second replica.
+        scene.sealed_by_another.push(DiskIndex(1));
+        scene.read(0, &arena);
+        if lease_comes_back {
+            scene.mirror.set_leased(true, &mut scene.out);
+            scene.play();
+        }
+        assert_eq!(scene.mirror.phase(), Phase::Fenced);
+        assert_eq!(scene.done, [(OpId(0), Err(OpError::Gone), true)]);
+    }
 }
