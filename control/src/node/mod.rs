@@ -27,7 +27,7 @@ use unibody_dataplane::plane::{DISKS_MAX, DiskIndex, DiskUp, Event, Plane, VOLUM
 use crate::admin::{Fault, Request, Response, VolumeSpec};
 use crate::local::{ExecuteError, LocalState, OpenError};
 use crate::planner::{self, PlanError};
-use crate::state::{Applied, Command, Disk, Refused, Replica, ReplicaState};
+use crate::state::{Applied, Command, Disk, NodeId, Refused, Replica, ReplicaState};
 
 pub use disks::{DiskError, check_disk, format_disk};
 use disks::{NodeDisk, Opened, Phase};
@@ -391,6 +391,7 @@ impl Node {
         if known.is_none_or(|record| record.domain != domain || record.bytes != bytes) {
             self.control.execute(&Command::AddDisk {
                 disk: up.uuid,
+                node: NodeId::LOCAL,
                 domain,
                 bytes,
             })?;
@@ -466,8 +467,11 @@ impl Node {
 
     fn attach(&mut self, name: &str) -> Result<VolumeIndex, NodeError> {
         let instance = self.instance(name)?;
+        let generation = self.control.state().volumes[name].generation;
         let config = self.execute_volume(&Command::Attach {
             name: name.to_owned(),
+            node: NodeId::LOCAL,
+            generation,
         })?;
         let number = self
             .volumes
@@ -613,7 +617,7 @@ impl Node {
             .unwrap_or_else(|| planner::default_width(self.control.state()));
         let stripe_unit = spec.stripe_unit.unwrap_or(256 << 10);
         let geometry = unibody_dataplane::geometry::Geometry::new(stripe_unit, stripe_width)
-            .map_err(Refused::Geometry)?;
+            .map_err(|error| Refused::Geometry(error.to_string()))?;
         let chunks = planner::plan_chunks(self.control.state(), geometry.chunks(size), mirror)?;
         let keeps_nothing = |uuid: &DiskUuid| {
             self.disks
@@ -847,7 +851,16 @@ impl Node {
             if to.is_empty() {
                 continue;
             }
-            match self.execute_volume(&Command::Move { name, from, to }) {
+            let volume = &self.control.state().volumes[&name];
+            let (generation, config) = (volume.generation, volume.config);
+            let command = Command::Move {
+                name,
+                generation,
+                config,
+                from,
+                to,
+            };
+            match self.execute_volume(&command) {
                 Ok(config) => self.plane.reconfigured(index, config),
                 Err(error) => eprintln!("unibody: {}", chain(&error)),
             }
