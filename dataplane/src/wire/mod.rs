@@ -2,6 +2,11 @@
 //!
 //! * `handshake`: mutual proof of the cluster's token, before anything else is read
 //!
+//! * `frame`: the bytes of requests and answers
+//!
 //! Formats: `docs/formats/wire.md`.
 
+pub mod frame;
+#[doc(hidden)]
+pub mod fuzz;
 pub mod handshake;
