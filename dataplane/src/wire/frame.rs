@@ -143,6 +143,9 @@ pub enum FrameError {
     /// The checksum of what it says is wrong.
     #[error("the checksum of a frame's content is wrong")]
     Meta,
+    /// A block of data is not what its checksum says.
+    #[error("a block of data does not match its checksum")]
+    Data,
     /// A value that nobody could have meant.
     #[error("a frame with a value out of range")]
     Value,
