@@ -117,7 +117,7 @@ fn command(state: &State, step: &Step) -> Option<Command> {
         Step::Move(v, d) => Command::Move {
             name: name(v),
             from: disk(*d),
-            to: planner::plan_moves(state, &name(v), disk(*d), false, None),
+            to: planner::plan_moves(state, &name(v), disk(*d), false),
         },
     })
 }
