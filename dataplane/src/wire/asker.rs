@@ -357,11 +357,14 @@ impl Asker {
         }
     }
 
-    /// Gathers what may be sent. `None`: nothing, or a batch is on its way. The driver sends it and calls
-    /// [`Asker::sent`].
+    /// Gathers what may be sent, unless there is something already. `None`: nothing. The driver sends it, as a whole or in
+    /// parts, calls [`Asker::sent`], and does not come here in between.
     pub fn gather(&mut self, out: &mut Vec<Effect>) -> Option<&mut Batch> {
-        if !self.welcome || !self.batch.is_empty() {
+        if !self.welcome {
             return None;
+        }
+        if !self.batch.is_empty() {
+            return Some(&mut self.batch);
         }
         let mut left = self.round.len();
         while left > 0 && self.batch.has_room() {
@@ -414,6 +417,11 @@ impl Asker {
         // SAFETY: the asker keeps the memory until the answer, or until it is told that there will be none; and that it is
         // not told before the batch was sent or the connection has ended.
         unsafe { self.batch.push(&head, &meta[..len], data) };
+    }
+
+    /// A batch is gathered and not all of it was sent.
+    pub fn owes(&self) -> bool {
+        !self.batch.is_empty()
     }
 
     /// So many bytes of the batch went out. True: all of it.

@@ -70,6 +70,8 @@ pub enum Kind {
     Install = 9,
     /// [`Request::Settle`]
     Settle = 10,
+    /// [`Request::Confirm`]
+    Confirm = 11,
     /// [`Reply::Done`]
     Done = 32,
     /// [`Reply::Sealed`]
@@ -91,7 +93,7 @@ pub enum Kind {
 impl Kind {
     fn from_code(code: u8) -> Option<Self> {
         use Kind::*;
-        const ALL: [Kind; 18] = [
+        const ALL: [Kind; 19] = [
             Seal,
             CreateChunk,
             DropChunk,
@@ -102,6 +104,7 @@ impl Kind {
             Digest,
             Install,
             Settle,
+            Confirm,
             Done,
             Sealed,
             ReadReply,
@@ -328,9 +331,13 @@ impl Head {
                 layout(body, 0)
             }
             Kind::Disk => layout(NOTICE, 0),
-            Kind::Seal | Kind::CreateChunk | Kind::DropChunk | Kind::Flush | Kind::Digest | Kind::Settle => {
-                layout(0, 0)
-            }
+            Kind::Seal
+            | Kind::CreateChunk
+            | Kind::DropChunk
+            | Kind::Flush
+            | Kind::Confirm
+            | Kind::Digest
+            | Kind::Settle => layout(0, 0),
             Kind::Done | Kind::Refused | Kind::Welcome | Kind::Credits => layout(0, 0),
         };
         if layout.meta + layout.data.count_ones() as usize * BLOCK != body {
@@ -427,6 +434,7 @@ pub fn encode_request(
         Request::Zero { .. } => Kind::Zero,
         Request::Read { .. } => Kind::Read,
         Request::Flush => Kind::Flush,
+        Request::Confirm => Kind::Confirm,
         Request::Digest { .. } => Kind::Digest,
         Request::Install { .. } => Kind::Install,
         Request::Settle { .. } => Kind::Settle,
@@ -435,7 +443,7 @@ pub fn encode_request(
     (head.volume, head.generation, head.stable) = (header.volume, header.generation, header.stable);
     let (mut len, mut data) = (0, (Payload::NONE, 0));
     let chunk = match request {
-        Request::Seal | Request::Flush => None,
+        Request::Seal | Request::Flush | Request::Confirm => None,
         Request::CreateChunk(chunk) | Request::DropChunk(chunk) => {
             head.put_chunk(chunk);
             Some(chunk)
@@ -534,6 +542,7 @@ pub fn decode_request(head: &Head, meta: &[u8], data: Payload) -> Result<Request
             data,
         },
         Kind::Flush => Request::Flush,
+        Kind::Confirm => Request::Confirm,
         Kind::Digest => Request::Digest {
             chunk,
             region: head.region()?,

@@ -50,6 +50,7 @@ fn request() -> impl Strategy<Value = Request> {
     prop_oneof![
         Just(Request::Seal),
         Just(Request::Flush),
+        Just(Request::Confirm),
         chunk().prop_map(Request::CreateChunk),
         chunk().prop_map(Request::DropChunk),
         (span(), any::<u64>(), any::<u32>()).prop_map(move |(span, version, seed)| Request::Write {
@@ -193,8 +194,8 @@ proptest! {
     }
 
     #[test]
-    fn arbitrary_bytes_are_refused_or_said_again(mut bytes in prop::collection::vec(any::<u8>(), 64..700), kind in 0usize..18, body in 0u32..400) {
-        const KINDS: [u8; 18] = [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 32, 33, 34, 35, 36, 64, 65, 66];
+    fn arbitrary_bytes_are_refused_or_said_again(mut bytes in prop::collection::vec(any::<u8>(), 64..700), kind in 0usize..19, body in 0u32..400) {
+        const KINDS: [u8; 19] = [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 32, 33, 34, 35, 36, 64, 65, 66];
         bytes[4] = KINDS[kind];
         bytes[8..12].copy_from_slice(&body.to_le_bytes());
         super::super::fuzz::wire_frame(&bytes);
@@ -324,6 +325,7 @@ fn the_bytes_are_those_of_the_format() {
             data,
         },
         Request::Settle { chunk, region: 1 },
+        Request::Confirm,
     ];
     let digest = ExtentDigest {
         image,

@@ -6,6 +6,7 @@
 //! * `stream`: frames gathered into one send, and what came cut into frames
 //! * `asker`: the owner's end of a link: requests out, answers in
 //! * `server`: the replica's end: requests in, answers out
+//! * `socket`: what the kernel is told about a connection
 //!
 //! A link leads from one reactor of an owner's node to one reactor of a replica's node and outlives its connections.
 //!
@@ -17,6 +18,7 @@ pub mod frame;
 pub mod fuzz;
 pub mod handshake;
 pub mod server;
+pub mod socket;
 pub mod stream;
 
 /// What one end of a link has seen, since it was made.

@@ -357,11 +357,19 @@ impl Server {
         }
     }
 
-    /// Gathers what is to be sent. `None`: nothing, or a batch is on its way. The driver sends it and calls
-    /// [`Server::sent`].
+    /// A batch is gathered and not all of it was sent.
+    pub fn owes(&self) -> bool {
+        !self.batch.is_empty()
+    }
+
+    /// Gathers what is to be sent, unless there is something already. `None`: nothing. The driver sends it, as a whole or
+    /// in parts, calls [`Server::sent`], and does not come here in between.
     pub fn gather(&mut self) -> Option<&mut Batch> {
-        if !self.open || !self.batch.is_empty() {
+        if !self.open {
             return None;
+        }
+        if !self.batch.is_empty() {
+            return Some(&mut self.batch);
         }
         while self.batch.has_room() {
             let Some(disk) = self.tell.pop_front() else { break };
