@@ -8,6 +8,7 @@ use std::io;
 use std::net::{SocketAddr, TcpStream};
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
@@ -234,9 +235,40 @@ struct Port {
     thread: Option<Pinned<()>>,
 }
 
+/// Until when the owners on this node may answer a read from one replica.
+///
+/// One word that all reactors look at when answers to reads come in: milliseconds since the process's data plane was
+/// started, by the monotonic clock. A plane begins without an end: one node alone has no other owner to fear.
+pub(crate) struct Lease {
+    started: Instant,
+    until: AtomicU64,
+}
+
+impl Lease {
+    fn new() -> Self {
+        Lease {
+            started: Instant::now(),
+            until: AtomicU64::new(u64::MAX),
+        }
+    }
+
+    fn set(&self, until: Instant) {
+        let until = until.saturating_duration_since(self.started);
+        // Alone it says nothing about other memory, so no order is needed.
+        self.until.store(until.as_millis() as u64, Ordering::Relaxed);
+    }
+
+    /// Whether it holds now. Looks at the clock unless there is no end.
+    pub(crate) fn holds(&self) -> bool {
+        let until = self.until.load(Ordering::Relaxed);
+        until == u64::MAX || (self.started.elapsed().as_millis() as u64) < until
+    }
+}
+
 /// See the module. Dropping it stops the reactors.
 pub struct Plane {
     ports: Vec<Port>,
+    lease: Arc<Lease>,
 }
 
 impl Plane {
@@ -254,12 +286,14 @@ impl Plane {
             .iter()
             .map(|waker| mailbox::<Message>(MAILBOX, waker))
             .unzip();
+        let lease = Arc::new(Lease::new());
         let mut ports = Vec::new();
         for (number, (receiver, &core)) in receivers.into_iter().zip(cores).enumerate() {
             let (peers, waker, events) = (senders.clone(), Arc::clone(&wakers[number]), events.clone());
+            let lease = Arc::clone(&lease);
             let (started, outcome) = mpsc::channel();
             let thread = spawn_pinned(&format!("reactor{number}"), core, move || {
-                match Shard::new(number, core, waker, receiver, peers, events) {
+                match Shard::new(number, core, waker, receiver, peers, events, lease) {
                     Ok(shard) => {
                         started.send(Ok(())).ok();
                         let _guard = AbortOnPanic;
@@ -279,7 +313,7 @@ impl Plane {
                 thread: Some(thread),
             });
         }
-        Ok((Plane { ports }, receiver))
+        Ok((Plane { ports, lease }, receiver))
     }
 
     fn send(&self, shard: usize, command: Command) {
@@ -429,6 +463,12 @@ impl Plane {
         for shard in 0..self.ports.len() {
             self.send(shard, Command::ForgetNode(node));
         }
+    }
+
+    /// Owners here may answer reads from one replica until then; after it, reads are confirmed with every required replica.
+    /// Whoever calls this has made sure that no volume was given to another owner while it is attached here.
+    pub fn set_lease(&self, until: Instant) {
+        self.lease.set(until);
     }
 
     /// What all reactors know.

@@ -385,6 +385,8 @@ impl Node {
                 );
             }
             Event::Attached { .. } => {}
+            // One node alone has no others.
+            Event::Dial { .. } => {}
             Event::NewGeneration(volume) => self.say(
                 volume,
                 "restart the node soon: half of this owner's versions are used",

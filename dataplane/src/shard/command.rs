@@ -193,7 +193,11 @@ impl Shard {
         }));
         self.present.push(index);
         let now = self.now;
-        self.with_mirror(index, |mirror, out| mirror.tick(now, out));
+        let leased = self.leased;
+        self.with_mirror(index, |mirror, out| {
+            mirror.set_leased(leased, out);
+            mirror.tick(now, out);
+        });
         self.connect(index);
         self.with_mirror(index, |mirror, out| mirror.attach(out));
     }

@@ -28,7 +28,9 @@ use crate::disk::{Completion, Disk, Io, Token};
 use crate::ids::{Generation, Version, VolumeId};
 use crate::memory::Payload;
 use crate::mirror::{self, Mirror};
-use crate::plane::{Command, DISKS_MAX, DiskIndex, DiskUp, Event, ReactorStats, VOLUMES_MAX, VolumeIndex};
+use crate::plane::{
+    Command, DISKS_MAX, DiskIndex, DiskUp, Event, Lease, ReactorStats, VOLUMES_MAX, VolumeIndex,
+};
 use crate::reactor::mailbox::{Receiver, Sender, Waker};
 use crate::reactor::{self, Idle, IdlePolicy, Ring};
 use crate::replica::{ChunkRef, Header, Reply, Request};
@@ -204,6 +206,9 @@ pub(crate) struct Shard {
     /// What a peer's mailbox had no room for. Bounded by the requests in flight.
     outboxes: Vec<VecDeque<Message>>,
     events: mpsc::Sender<Event>,
+    lease: Arc<Lease>,
+    /// What the mirrors were told of it.
+    leased: bool,
 
     homes: Vec<Home>,
     /// The disks among `homes` that have a store.
@@ -246,6 +251,7 @@ impl Shard {
         inbox: Receiver<Message>,
         peers: Vec<Sender<Message>>,
         events: mpsc::Sender<Event>,
+        lease: Arc<Lease>,
     ) -> io::Result<Self> {
         let mut ring = Ring::new(RING_ENTRIES)?;
         ring.watch(waker.fd(), queues::wake_tag())
@@ -259,6 +265,8 @@ impl Shard {
             outboxes: peers.iter().map(|_| VecDeque::new()).collect(),
             peers,
             events,
+            lease,
+            leased: true,
             homes: (0..DISKS_MAX).map(|_| Home::Absent).collect(),
             stores: Vec::new(),
             disks: vec![None; DISKS_MAX],
@@ -399,6 +407,7 @@ impl Shard {
                 self.touch(disk);
             }
         }
+        self.look_at_lease();
         for position in 0..self.present.len() {
             let index = self.present[position];
             let now = self.now;

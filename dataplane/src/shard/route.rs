@@ -38,6 +38,9 @@ impl Shard {
                     self.touch(disk);
                 }
             }
+            if !self.replies.is_empty() {
+                self.look_at_lease();
+            }
             while let Some((address, reply)) = self.replies.pop_front() {
                 moved = true;
                 self.answered(address, reply);
@@ -48,6 +51,20 @@ impl Shard {
             }
             if !moved && self.finished.is_empty() {
                 return;
+            }
+        }
+    }
+
+    /// A read's answer counts while the lease holds, looked up after the answer came: the process may have been stopped for
+    /// any time in between.
+    #[inline]
+    pub(super) fn look_at_lease(&mut self) {
+        let leased = self.lease.holds();
+        if leased != self.leased {
+            self.leased = leased;
+            for position in 0..self.present.len() {
+                let index = self.present[position];
+                self.with_mirror(index, |mirror, out| mirror.set_leased(leased, out));
             }
         }
     }
