@@ -6,11 +6,11 @@ use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use unibody_dataplane::disk::faulty::{FaultHandle, FaultyDisk};
+use unibody_dataplane::disk::faulty::{self, FaultHandle, FaultyDisk, Kinds, Rule};
 use unibody_dataplane::disk::file::OpenError as FileError;
 use unibody_dataplane::disk::open::OpenDisk;
 use unibody_dataplane::disk::spec::{Backend, DiskSpec};
-use unibody_dataplane::disk::{Disk, DiskKind};
+use unibody_dataplane::disk::{Disk, DiskKind, IoError};
 use unibody_dataplane::ids::{BootId, DiskUuid, PowerId};
 use unibody_dataplane::plane::{DiskIndex, DiskService, DiskUp};
 use unibody_dataplane::replica::ChunkRef;
@@ -19,10 +19,14 @@ use unibody_dataplane::store::{
     OpenReport, Store, check,
 };
 
+use crate::admin::Fault;
+
 /// First pause before a disk that failed by itself is tried again; each later one is twice as long.
 const RETRY_FIRST: Duration = Duration::from_secs(5);
 /// Attempts before it is left to the operator.
 const RETRIES_MAX: u32 = 6;
+/// Reads that return flipped bits after `disk fault rot`.
+const ROTTEN_READS: u64 = 50;
 
 /// Why a disk can not be used.
 #[derive(Debug, thiserror::Error)]
@@ -252,6 +256,23 @@ pub(crate) fn open(
         service: DiskService::Store(Box::new(store), device),
         faults: handle,
         notices,
+    })
+}
+
+/// What the fault injector is to do; nothing for no fault.
+pub(crate) fn fault_rule(fault: &Fault) -> Option<Rule> {
+    let media = faulty::Fault::Fail(IoError::Media);
+    Some(match fault {
+        Fault::None => return None,
+        Fault::ReadErrors => Rule::always(Kinds::READS, media),
+        Fault::WriteErrors => Rule::always(Kinds::WRITES, media),
+        Fault::FlushErrors => Rule::always(Kinds::FLUSHES, media),
+        Fault::Rot => Rule {
+            times: ROTTEN_READS,
+            ..Rule::always(Kinds::READS, faulty::Fault::Rot)
+        },
+        Fault::Delay(ms) => Rule::always(Kinds::ALL, faulty::Fault::Delay(Duration::from_millis(*ms))),
+        Fault::Stuck => Rule::always(Kinds::ALL, faulty::Fault::Stuck),
     })
 }
 

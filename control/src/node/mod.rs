@@ -6,7 +6,7 @@
 //! Invariant: an owner hears the outcome of a proposal only after the state is durable.
 
 mod disks;
-mod exports;
+pub(crate) mod exports;
 mod operator;
 mod requests;
 mod status;
@@ -20,9 +20,8 @@ use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
 use unibody_dataplane::config::{Change, Outcome, Proposal, VolumeConfig};
-use unibody_dataplane::disk::faulty::{self, Kinds, Rule};
+use unibody_dataplane::disk::DiskKind;
 use unibody_dataplane::disk::spec::{Backend, DiskSpec, SpecError};
-use unibody_dataplane::disk::{DiskKind, IoError};
 use unibody_dataplane::frontend::{DeviceConfig, Export, ServeError};
 use unibody_dataplane::ids::{DiskUuid, Generation, VolumeId};
 use unibody_dataplane::plane::{DISKS_MAX, DiskIndex, DiskUp, Event, Plane, VOLUMES_MAX, VolumeIndex};
@@ -34,14 +33,13 @@ use crate::planner::{self, PlanError};
 use crate::state::{Applied, Command, Disk, NodeId, Refused, Replica, ReplicaState};
 
 pub use disks::{DiskError, check_disk, format_disk};
-use disks::{NodeDisk, Opened, Phase};
+pub(crate) use disks::{NodeDisk, Opened, Phase, fault_rule, is_path, open as open_disk};
+pub(crate) use status::{disk_status, reactor_status, volume_status};
 
 /// How often the agent looks at what is due.
 const TICK: Duration = Duration::from_millis(500);
 /// How long a clean end waits for I/O that does not end.
 const PATIENCE: Duration = Duration::from_secs(30);
-/// Reads that return flipped bits after `disk fault rot`.
-const ROTTEN_READS: u64 = 50;
 /// Requests in a queue.
 const QUEUE_SIZE: u16 = 1024;
 
@@ -458,7 +456,7 @@ impl Node {
 }
 
 /// An error with all its causes, on one line.
-fn chain(error: &dyn std::error::Error) -> String {
+pub(crate) fn chain(error: &dyn std::error::Error) -> String {
     let mut text = error.to_string();
     let mut cause = error.source();
     while let Some(error) = cause {

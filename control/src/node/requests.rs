@@ -125,20 +125,9 @@ impl Node {
             ));
         };
         handle.clear();
-        let media = faulty::Fault::Fail(IoError::Media);
-        let rule = match fault {
-            Fault::None => return Ok(()),
-            Fault::ReadErrors => Rule::always(Kinds::READS, media),
-            Fault::WriteErrors => Rule::always(Kinds::WRITES, media),
-            Fault::FlushErrors => Rule::always(Kinds::FLUSHES, media),
-            Fault::Rot => Rule {
-                times: ROTTEN_READS,
-                ..Rule::always(Kinds::READS, faulty::Fault::Rot)
-            },
-            Fault::Delay(ms) => Rule::always(Kinds::ALL, faulty::Fault::Delay(Duration::from_millis(*ms))),
-            Fault::Stuck => Rule::always(Kinds::ALL, faulty::Fault::Stuck),
-        };
-        handle.add(rule);
+        if let Some(rule) = disks::fault_rule(fault) {
+            handle.add(rule);
+        }
         Ok(())
     }
 }

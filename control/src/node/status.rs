@@ -6,10 +6,13 @@ use unibody_dataplane::disk::DiskKind;
 use unibody_dataplane::mirror::{MirrorStatus, Phase};
 use unibody_dataplane::plane::ShardStatus;
 
+use unibody_dataplane::frontend::Export;
+use unibody_dataplane::plane::VolumeIndex;
+
 use super::Node;
 use super::disks;
 use crate::admin::{DiskStatus, NodeStatus, ReactorStatus, VolumeStatus};
-use crate::state::Disk;
+use crate::state::{Disk, State, Volume};
 
 impl Node {
     /// Everything there is to know.
@@ -19,109 +22,129 @@ impl Node {
             disks: self
                 .disks
                 .iter()
-                .map(|disk| self.disk_status(disk, &shards))
+                .map(|disk| disk_status(disk, self.control.state(), &shards))
                 .collect(),
             volumes: self
                 .volumes
                 .iter()
                 .flatten()
-                .map(|volume| self.volume_status(volume, &shards))
+                .map(|volume| {
+                    let state = self.control.state();
+                    let Some(record) = state.volumes.get(&volume.name) else {
+                        // It is deleted and its last I/O has not ended.
+                        return VolumeStatus {
+                            name: volume.name.clone(),
+                            state: "offline".into(),
+                            ..VolumeStatus::default()
+                        };
+                    };
+                    let mut status = volume_status(
+                        &volume.name,
+                        record,
+                        volume.index,
+                        volume.export.as_ref(),
+                        &shards,
+                    );
+                    status.socket = volume.socket.clone();
+                    status
+                })
                 .collect(),
             reactors: shards.iter().map(reactor_status).collect(),
         }
     }
+}
 
-    fn disk_status(&self, disk: &disks::NodeDisk, shards: &[ShardStatus]) -> DiskStatus {
-        let (state, reason) = match &disk.phase {
-            disks::Phase::Online => ("online", None),
-            disks::Phase::Leaving => ("leaving", Some("its last I/O has not ended".to_owned())),
-            disks::Phase::Failed(reason) => ("failed", Some(reason.clone())),
-            disks::Phase::Opening => ("opening", None),
-        };
-        let kind = match disk.kind {
-            DiskKind::File => "file",
-            DiskKind::BlockDevice => "block",
-            DiskKind::Memory => "memory",
-            DiskKind::Null => "null",
-        };
-        let mut status = DiskStatus {
-            name: disk.name.clone(),
-            uuid: disk.uuid.map(|uuid| uuid.to_string()).unwrap_or_default(),
-            domain: disk.domain(),
-            state: state.into(),
-            reason,
-            kind: kind.into(),
-            ..DiskStatus::default()
-        };
-        if let Some(record) = disk
-            .uuid
-            .and_then(|uuid| self.control.state().disks.get(&Disk(uuid)))
-        {
-            status.capacity = record.bytes;
-        }
-        let stats = shards
-            .iter()
-            .flat_map(|shard| &shard.disks)
-            .find(|(index, _)| *index == disk.index);
-        if let Some((_, stats)) = stats {
-            status.capacity = stats.capacity_bytes;
-            status.free = stats.free_bytes;
-            status.suspect = stats.suspect_chunks > 0;
-            status.dirty_regions = stats.dirty_regions;
-            status.in_doubt_regions = stats.in_doubt_regions;
-            status.counters = stats
-                .counters()
-                .into_iter()
-                .map(|(name, value)| (name.to_owned(), value))
-                .collect();
-        }
-        if let Some(faults) = &disk.faults {
-            status.counters.insert("faults_injected".into(), faults.faults());
-        }
-        status
+/// What is known of a disk of this node.
+pub(crate) fn disk_status(disk: &disks::NodeDisk, state: &State, shards: &[ShardStatus]) -> DiskStatus {
+    let (phase, reason) = match &disk.phase {
+        disks::Phase::Online => ("online", None),
+        disks::Phase::Leaving => ("leaving", Some("its last I/O has not ended".to_owned())),
+        disks::Phase::Failed(reason) => ("failed", Some(reason.clone())),
+        disks::Phase::Opening => ("opening", None),
+    };
+    let kind = match disk.kind {
+        DiskKind::File => "file",
+        DiskKind::BlockDevice => "block",
+        DiskKind::Memory => "memory",
+        DiskKind::Null => "null",
+    };
+    let mut status = DiskStatus {
+        name: disk.name.clone(),
+        uuid: disk.uuid.map(|uuid| uuid.to_string()).unwrap_or_default(),
+        domain: disk.domain(),
+        state: phase.into(),
+        reason,
+        kind: kind.into(),
+        ..DiskStatus::default()
+    };
+    if let Some(record) = disk.uuid.and_then(|uuid| state.disks.get(&Disk(uuid))) {
+        status.capacity = record.bytes;
     }
+    let stats = shards
+        .iter()
+        .flat_map(|shard| &shard.disks)
+        .find(|(index, _)| *index == disk.index);
+    if let Some((_, stats)) = stats {
+        status.capacity = stats.capacity_bytes;
+        status.free = stats.free_bytes;
+        status.suspect = stats.suspect_chunks > 0;
+        status.dirty_regions = stats.dirty_regions;
+        status.in_doubt_regions = stats.in_doubt_regions;
+        status.counters = stats
+            .counters()
+            .into_iter()
+            .map(|(name, value)| (name.to_owned(), value))
+            .collect();
+    }
+    if let Some(faults) = &disk.faults {
+        status.counters.insert("faults_injected".into(), faults.faults());
+    }
+    status
+}
 
-    fn volume_status(&self, volume: &super::NodeVolume, shards: &[ShardStatus]) -> VolumeStatus {
-        let Some(record) = self.control.state().volumes.get(&volume.name) else {
-            return VolumeStatus::default();
-        };
-        let mut status = VolumeStatus {
-            name: volume.name.clone(),
-            size: record.size,
-            mirror: record.mirror,
-            stripe_unit: record.stripe_unit,
-            stripe_width: record.stripe_width,
-            socket: volume.socket.clone(),
-            state: "offline".into(),
-            replicas: record.chunks.iter().map(|slots| slots.len() as u64).sum(),
-            ..VolumeStatus::default()
-        };
-        let found = shards
-            .iter()
-            .flat_map(|shard| &shard.volumes)
-            .find(|(index, _)| *index == volume.index);
-        let Some((_, mirror)) = found else { return status };
-        status.in_sync = u64::from(mirror.in_sync);
-        status.rebuilding = u64::from(mirror.rebuilding);
-        status.stale = u64::from(mirror.stale + mirror.lost);
-        status.regions_to_heal = mirror.regions_unsettled + mirror.regions_to_rebuild;
-        status.state = state(mirror).into();
-        status.counters = counters(mirror);
-        if let Some(export) = &volume.export {
-            let shared = export.shared();
-            status.counters.extend(
-                shared
-                    .counters
-                    .list()
-                    .into_iter()
-                    .map(|(name, value)| (name.to_owned(), value)),
-            );
-            status
+/// What is known of a volume that is attached here.
+pub(crate) fn volume_status(
+    name: &str,
+    record: &Volume,
+    index: VolumeIndex,
+    export: Option<&Export>,
+    shards: &[ShardStatus],
+) -> VolumeStatus {
+    let mut status = VolumeStatus {
+        name: name.to_owned(),
+        size: record.size,
+        mirror: record.mirror,
+        stripe_unit: record.stripe_unit,
+        stripe_width: record.stripe_width,
+        state: "offline".into(),
+        replicas: record.chunks.iter().map(|slots| slots.len() as u64).sum(),
+        ..VolumeStatus::default()
+    };
+    let found = shards
+        .iter()
+        .flat_map(|shard| &shard.volumes)
+        .find(|(found, _)| *found == index);
+    let Some((_, mirror)) = found else { return status };
+    status.in_sync = u64::from(mirror.in_sync);
+    status.rebuilding = u64::from(mirror.rebuilding);
+    status.stale = u64::from(mirror.stale + mirror.lost);
+    status.regions_to_heal = mirror.regions_unsettled + mirror.regions_to_rebuild;
+    status.state = state(mirror).into();
+    status.counters = counters(mirror);
+    if let Some(export) = export {
+        let shared = export.shared();
+        status.counters.extend(
+            shared
                 .counters
-                .insert("connected".into(), u64::from(export.connected()));
-        }
+                .list()
+                .into_iter()
+                .map(|(name, value)| (name.to_owned(), value)),
+        );
         status
+            .counters
+            .insert("connected".into(), u64::from(export.connected()));
     }
+    status
 }
 
 fn state(mirror: &MirrorStatus) -> &'static str {
@@ -156,7 +179,7 @@ fn counters(mirror: &MirrorStatus) -> BTreeMap<String, u64> {
     .collect()
 }
 
-fn reactor_status(shard: &ShardStatus) -> ReactorStatus {
+pub(crate) fn reactor_status(shard: &ShardStatus) -> ReactorStatus {
     let r = &shard.reactor;
     let counters = [
         ("turns", r.turns),

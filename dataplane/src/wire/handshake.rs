@@ -27,7 +27,8 @@ pub const VERSION_MIN: u16 = 1;
 /// Highest version of the wire spoken here.
 pub const VERSION_MAX: u16 = 1;
 
-const MAGIC: [u8; 8] = *b"UniBodyW";
+/// How a handshake begins, so that one listener can tell it from what else comes.
+pub const MAGIC: [u8; 8] = *b"UniBodyW";
 const HEAD: usize = 16;
 const IDENTITY: usize = 8 + 8 + 16 + 32 + PARAMS;
 const PROOF: usize = 32;

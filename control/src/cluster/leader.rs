@@ -1,0 +1,462 @@
+//! What the node that leads does for the whole cluster: take volumes and VMs from nodes that are gone, give every volume an
+//! owner so that it heals, give VMs a place, and move data off disks that leave.
+//!
+//! A pure choice from the state and from who is alive. Each duty is carried out by a command that the state checks again, so
+//! acting on an old view does no harm.
+//!
+//! Absent: judging when a lease is over (`raft` does, see [`Duty::Take`]), and the data plane.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use crate::planner;
+use crate::state::{Command, Disk, NodeId, ReplicaState, State, Volume};
+
+/// Most moves of chunks proposed in one round.
+const MOVES_MAX: usize = 512;
+
+/// How a node looks to the leader.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Life {
+    /// It answers.
+    Alive,
+    /// It does not, but may hold a lease.
+    Silent,
+    /// Its lease is over.
+    Gone,
+    /// It has been gone for so long that its disks are given up.
+    Lost,
+}
+
+/// Something to be done.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Duty {
+    /// Allowed only because the lease of the node is over.
+    Take(NodeId, Command),
+    /// Allowed at any time.
+    Do(Command),
+}
+
+/// What is to be done now.
+pub(crate) fn duties(state: &State, life: &BTreeMap<NodeId, Life>) -> Vec<Duty> {
+    let life = |node: NodeId| life.get(&node).copied().unwrap_or(Life::Silent);
+    let mut duties = Vec::new();
+    for (&node, _) in state
+        .nodes
+        .iter()
+        .filter(|(node, _)| matches!(life(**node), Life::Gone | Life::Lost))
+    {
+        let taken = take(state, node, &life);
+        if !taken.is_empty() {
+            duties.push(Duty::Take(node, Command::Batch(taken)));
+        }
+    }
+    duties.extend(owners(state, &life).into_iter().map(Duty::Do));
+    duties.extend(places(state, &life).into_iter().map(Duty::Do));
+    duties.extend(disks(state, &life).into_iter().map(Duty::Do));
+    duties
+}
+
+/// Volumes and VMs of a node that is gone.
+fn take(state: &State, node: NodeId, life: &impl Fn(NodeId) -> Life) -> Vec<Command> {
+    let owned = state
+        .volumes
+        .iter()
+        .filter(|(_, volume)| volume.owner == Some(node));
+    let revoked = owned.map(|(name, volume)| Command::Revoke {
+        name: name.clone(),
+        generation: volume.generation,
+    });
+    let mut commands: Vec<_> = revoked.collect();
+    let mut room = Room::of(state, life);
+    for (name, vm) in &state.vms {
+        if vm.node == Some(node) && vm.spec.run {
+            // Without room it stays where it is, and is looked at again.
+            if let Some(to) = room.take(vm.spec.memory, None) {
+                commands.push(Command::PlaceVm {
+                    name: name.clone(),
+                    node: Some(to),
+                    epoch: vm.epoch,
+                });
+            }
+        }
+    }
+    commands.truncate(crate::state::BATCH_MAX);
+    commands
+}
+
+/// Owners for volumes that have none, so that what is degraded heals: where the VM is that uses it, else where its data is.
+fn owners(state: &State, life: &impl Fn(NodeId) -> Life) -> Vec<Command> {
+    let mut commands = Vec::new();
+    let mut load: BTreeMap<NodeId, usize> = BTreeMap::new();
+    for volume in state.volumes.values() {
+        if let Some(owner) = volume.owner {
+            *load.entry(owner).or_default() += 1;
+        }
+    }
+    for (name, volume) in &state.volumes {
+        if volume.owner.is_some() {
+            continue;
+        }
+        let user = state
+            .user_of(name)
+            .and_then(|vm| state.vms[vm].node)
+            .filter(|node| life(*node) == Life::Alive);
+        let near = || {
+            let here = replicas_by_node(state, volume);
+            state
+                .nodes
+                .keys()
+                .copied()
+                .filter(|node| life(*node) == Life::Alive)
+                .max_by_key(|node| {
+                    let owned = load.get(node).copied().unwrap_or(0);
+                    (
+                        here.get(node).copied().unwrap_or(0),
+                        std::cmp::Reverse(owned),
+                        std::cmp::Reverse(*node),
+                    )
+                })
+        };
+        if let Some(node) = user.or_else(near) {
+            *load.entry(node).or_default() += 1;
+            commands.push(Command::Attach {
+                name: name.clone(),
+                node,
+                generation: volume.generation,
+            });
+        }
+    }
+    commands
+}
+
+fn replicas_by_node(state: &State, volume: &Volume) -> BTreeMap<NodeId, usize> {
+    let mut found = BTreeMap::new();
+    let in_sync = volume
+        .chunks
+        .iter()
+        .flatten()
+        .filter(|slot| slot.state == ReplicaState::InSync);
+    for slot in in_sync {
+        if let Some(record) = state.disks.get(&slot.disk) {
+            *found.entry(record.node).or_default() += 1;
+        }
+    }
+    found
+}
+
+/// Memory for VMs, as it is being given away.
+struct Room(BTreeMap<NodeId, u64>);
+
+impl Room {
+    fn of(state: &State, life: &impl Fn(NodeId) -> Life) -> Self {
+        let usable = |node: &NodeId| life(*node) == Life::Alive && !state.nodes[node].drain;
+        let free = state.nodes.keys().copied().filter(usable);
+        Room(free.map(|node| (node, state.memory_free(node))).collect())
+    }
+
+    fn take(&mut self, memory: u64, preferred: Option<NodeId>) -> Option<NodeId> {
+        let fits = |node: &NodeId| self.0.get(node).is_some_and(|free| *free >= memory);
+        let best = || {
+            let fit = self.0.iter().filter(|(_, free)| **free >= memory);
+            fit.max_by_key(|(node, free)| (**free, std::cmp::Reverse(**node)))
+                .map(|(node, _)| *node)
+        };
+        let node = preferred.filter(fits).or_else(best)?;
+        *self.0.get_mut(&node)? -= memory;
+        Some(node)
+    }
+}
+
+/// Places for VMs that are to run and have none.
+fn places(state: &State, life: &impl Fn(NodeId) -> Life) -> Vec<Command> {
+    let mut room = Room::of(state, life);
+    let mut commands = Vec::new();
+    for (name, vm) in &state.vms {
+        if vm.node.is_some() || !vm.spec.run {
+            continue;
+        }
+        let owner = |volume: &String| state.volumes.get(volume)?.owner;
+        let near = vm.spec.volumes.first().and_then(owner);
+        if let Some(node) = room.take(vm.spec.memory, near) {
+            commands.push(Command::PlaceVm {
+                name: name.clone(),
+                node: Some(node),
+                epoch: vm.epoch,
+            });
+        }
+    }
+    commands
+}
+
+/// Disks of nodes that are lost are given up; a node that is drained gives up one disk at a time, and only while everything on
+/// it has another copy; what was given up moves.
+fn disks(state: &State, life: &impl Fn(NodeId) -> Life) -> Vec<Command> {
+    let mut commands = Vec::new();
+    let mut leaving = BTreeSet::new();
+    for (&disk, record) in &state.disks {
+        if record.out {
+            leaving.insert(disk);
+        } else if life(record.node) == Life::Lost {
+            commands.push(Command::DiskOut { disk: disk.0 });
+        }
+    }
+    for (node, _) in state.nodes.iter().filter(|(_, node)| node.drain) {
+        let mut of_node = state.disks.iter().filter(|(_, record)| record.node == *node);
+        if of_node.clone().any(|(_, record)| record.out) {
+            continue;
+        }
+        if let Some((disk, _)) = of_node.find(|(disk, _)| safe_without(state, **disk)) {
+            commands.push(Command::DiskOut { disk: disk.0 });
+        }
+    }
+    let mut moves = 0;
+    for &disk in &leaving {
+        if !state.has_replicas(disk.0) {
+            commands.push(Command::ForgetDisk { disk: disk.0 });
+        }
+    }
+    for (name, volume) in &state.volumes {
+        for &disk in state.disks.keys() {
+            if moves >= MOVES_MAX {
+                return commands;
+            }
+            let wanted = volume.chunks.iter().flatten().any(|slot| {
+                slot.disk == disk
+                    && slot.state != ReplicaState::InSync
+                    && (slot.no_space || leaving.contains(&disk))
+            });
+            if !wanted {
+                continue;
+            }
+            let mut to = planner::plan_moves(state, name, disk.0, !leaving.contains(&disk));
+            to.truncate(MOVES_MAX - moves);
+            if !to.is_empty() {
+                moves += to.len();
+                commands.push(Command::Move {
+                    name: name.clone(),
+                    generation: volume.generation,
+                    config: volume.config,
+                    from: disk.0,
+                    to,
+                });
+                // The next move of this volume is planned from what this one made of it.
+                break;
+            }
+        }
+    }
+    commands
+}
+
+/// Every replica on the disk has another one in sync elsewhere, and nothing is being rebuilt that could need it.
+fn safe_without(state: &State, disk: Disk) -> bool {
+    state
+        .volumes
+        .values()
+        .flat_map(|volume| &volume.chunks)
+        .all(|slots| {
+            let here = slots.iter().any(|slot| slot.disk == disk);
+            let in_sync = |slot: &&crate::state::Replica| slot.state == ReplicaState::InSync;
+            !here || slots.len() > 1 && slots.iter().filter(in_sync).count() == slots.len()
+        })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::state::VmSpec;
+    use unibody_dataplane::ids::DiskUuid;
+
+    const GIB: u64 = 1 << 30;
+
+    fn cluster(nodes: u64) -> State {
+        let mut state = State::default();
+        for n in 1..=nodes {
+            let run = |state: &mut State, command| state.apply(&command).unwrap();
+            run(
+                &mut state,
+                Command::AddNode {
+                    node: NodeId(n),
+                    store: u128::from(n),
+                    name: format!("n{n}"),
+                    addresses: vec![format!("127.0.0.1:{n}")],
+                    domain: format!("d{n}"),
+                    memory: 4 * GIB,
+                    incarnation: 1,
+                },
+            );
+            for d in 0..2 {
+                run(
+                    &mut state,
+                    Command::AddDisk {
+                        disk: DiskUuid(u128::from(n * 10 + d)),
+                        node: NodeId(n),
+                        domain: String::new(),
+                        bytes: 64 * GIB,
+                    },
+                );
+            }
+        }
+        state
+    }
+
+    fn volume(state: &mut State, name: &str, owner: Option<u64>) {
+        let chunks = planner::plan_chunks(state, 4, 2).unwrap();
+        let create = Command::CreateVolume {
+            name: name.into(),
+            size: 256 << 20,
+            mirror: 2,
+            stripe_unit: 256 << 10,
+            stripe_width: 4,
+            read_only: false,
+            instance: 1,
+            chunks,
+        };
+        state.apply(&create).unwrap();
+        if let Some(owner) = owner {
+            let attach = Command::Attach {
+                name: name.into(),
+                node: NodeId(owner),
+                generation: 0,
+            };
+            state.apply(&attach).unwrap();
+        }
+    }
+
+    fn vm(state: &mut State, name: &str, volumes: &[&str], node: Option<u64>) {
+        let vm = VmSpec {
+            definition: "{}".into(),
+            memory: 3 * GIB,
+            volumes: volumes.iter().map(|name| (*name).to_owned()).collect(),
+            run: true,
+        };
+        let create = Command::CreateVm {
+            name: name.into(),
+            vm,
+        };
+        state.apply(&create).unwrap();
+        if let Some(node) = node {
+            let place = Command::PlaceVm {
+                name: name.into(),
+                node: Some(NodeId(node)),
+                epoch: 0,
+            };
+            state.apply(&place).unwrap();
+        }
+    }
+
+    fn life(of: &[(u64, Life)]) -> BTreeMap<NodeId, Life> {
+        of.iter().map(|&(node, life)| (NodeId(node), life)).collect()
+    }
+
+    /// Carries out what is to be done until nothing is.
+    fn settle(state: &mut State, life: &BTreeMap<NodeId, Life>) -> usize {
+        for round in 0..50 {
+            let duties = duties(state, life);
+            if duties.is_empty() {
+                return round;
+            }
+            for duty in duties {
+                let (Duty::Take(_, command) | Duty::Do(command)) = duty;
+                state.apply(&command).unwrap();
+            }
+            state.check().unwrap();
+        }
+        panic!("there is no end of duties");
+    }
+
+    #[test]
+    fn what_a_node_had_goes_to_others_when_its_lease_is_over_and_not_before() {
+        let mut state = cluster(3);
+        volume(&mut state, "v", Some(1));
+        vm(&mut state, "m", &["v"], Some(1));
+        let alive = life(&[(1, Life::Alive), (2, Life::Alive), (3, Life::Alive)]);
+        assert_eq!(duties(&state, &alive), []);
+        let silent = life(&[(1, Life::Silent), (2, Life::Alive), (3, Life::Alive)]);
+        assert_eq!(duties(&state, &silent), []);
+        let gone = life(&[(1, Life::Gone), (2, Life::Alive), (3, Life::Alive)]);
+        let first = duties(&state, &gone);
+        assert!(
+            matches!(&first[..], [Duty::Take(NodeId(1), Command::Batch(taken))] if taken.len() == 2),
+            "{first:?}"
+        );
+        settle(&mut state, &gone);
+        let new = state.vms["m"].node.unwrap();
+        assert_ne!(new, NodeId(1));
+        assert_eq!(state.volumes["v"].owner, Some(new), "the volume follows the VM");
+    }
+
+    #[test]
+    fn memory_is_promised_once() {
+        let mut state = cluster(3);
+        for name in ["a", "b", "c", "d"] {
+            vm(&mut state, name, &[], None);
+        }
+        let alive = life(&[(1, Life::Alive), (2, Life::Alive), (3, Life::Alive)]);
+        settle(&mut state, &alive);
+        let placed: Vec<_> = state.vms.values().filter_map(|vm| vm.node).collect();
+        assert_eq!(
+            placed.len(),
+            3,
+            "each node has room for one, and the fourth waits"
+        );
+        assert_eq!(placed.iter().collect::<BTreeSet<_>>().len(), 3);
+    }
+
+    #[test]
+    fn a_volume_without_an_owner_gets_one() {
+        let mut state = cluster(3);
+        volume(&mut state, "v", None);
+        let none = life(&[]);
+        assert_eq!(duties(&state, &none), [], "nobody is there to take it");
+        let one = life(&[(2, Life::Alive)]);
+        settle(&mut state, &one);
+        assert_eq!(state.volumes["v"].owner, Some(NodeId(2)));
+    }
+
+    #[test]
+    fn the_data_of_a_lost_node_moves_to_the_others() {
+        let mut state = cluster(4);
+        volume(&mut state, "v", Some(2));
+        let lost = life(&[
+            (1, Life::Lost),
+            (2, Life::Alive),
+            (3, Life::Alive),
+            (4, Life::Alive),
+        ]);
+        settle(&mut state, &lost);
+        let on_lost = state.volumes["v"]
+            .chunks
+            .iter()
+            .flatten()
+            .filter(|slot| matches!(slot.disk.0.0, 10 | 11))
+            .count();
+        assert_eq!(on_lost, 0);
+        assert!(
+            !state.disks.contains_key(&Disk(DiskUuid(10))),
+            "empty disks are forgotten"
+        );
+    }
+
+    #[test]
+    fn a_drained_node_gives_up_one_disk_at_a_time() {
+        let mut state = cluster(4);
+        volume(&mut state, "v", Some(2));
+        let drain = Command::Drain {
+            node: NodeId(1),
+            on: true,
+        };
+        state.apply(&drain).unwrap();
+        let alive = life(&[
+            (1, Life::Alive),
+            (2, Life::Alive),
+            (3, Life::Alive),
+            (4, Life::Alive),
+        ]);
+        let first = duties(&state, &alive);
+        let outs = first
+            .iter()
+            .filter(|duty| matches!(duty, Duty::Do(Command::DiskOut { .. })))
+            .count();
+        assert_eq!(outs, 1, "{first:?}");
+    }
+}

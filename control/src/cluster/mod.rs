@@ -1,0 +1,705 @@
+//! The agent of a node in a cluster: it makes its data plane be what the committed state says of this node.
+//!
+//! One thread does all of it, one input at a time, so there is nothing to lock; what takes long happens on threads of its own
+//! and comes back as an input. After each input that may matter it compares what the state wants here with what is here, and
+//! begins what is missing. So a lost message, a crash or a change by another's hand are all the same case.
+//!
+//! * `config`: what the node remembers of itself, and the token to join by
+//! * `door`: the one port of the node
+//! * `disks`, `volumes`, `machines`: what the state says of this node's disks, volumes and VMs, and what is done about it
+//! * `proposer`: how proposals reach Raft
+//! * `leader`: what is done for the whole cluster by the node that leads
+//! * `vms`: what runs the VMs, from outside
+//!
+//! Invariants:
+//! * A volume is served only under a generation that this process asked for: never one of an earlier process.
+//! * The data plane's lease is set only after everything was looked at that was committed when the lease was granted.
+//! * An owner hears the outcome of a proposal only when it is committed, and hears of each exactly once.
+
+mod config;
+mod disks;
+mod door;
+mod leader;
+mod machines;
+mod proposer;
+pub mod vms;
+mod volumes;
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::{SocketAddr, TcpListener, TcpStream, ToSocketAddrs};
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError, mpsc};
+use std::time::{Duration, Instant};
+
+use serde::{Deserialize, Serialize};
+use unibody_dataplane::disk::spec::SpecError;
+use unibody_dataplane::plane::{DiskIndex, Event, Plane, VolumeIndex};
+use unibody_dataplane::wire::handshake::{self, Counts, Incarnation, Local};
+
+use crate::admin::{Fault, NodeStatus};
+use crate::node::{self, DiskError, exports::Sessions};
+use crate::raft::{Cluster, ClusterError, Lease, Options, Start, View};
+use crate::state::{Applied, Command, NodeId, Refused};
+
+pub use config::{ConfigError, JoinToken, NodeConfig, NodeSetup};
+use disks::Disks;
+use door::Inside;
+use leader::{Duty, Life};
+use machines::Machines;
+use proposer::Proposer;
+use vms::VmHost;
+use volumes::Volumes;
+
+/// How often the agent looks at what is due.
+const TICK: Duration = Duration::from_millis(200);
+/// Between two renewals of the lease.
+const RENEW: Duration = Duration::from_millis(1500);
+/// How long a node may take to become a member.
+const JOINING: Duration = Duration::from_secs(60);
+/// Silence after which a node counts as silent to the leader.
+const SILENT: Duration = Duration::from_secs(3);
+/// How long a clean end waits for I/O that does not end.
+const PATIENCE: Duration = Duration::from_secs(30);
+/// Time for one attempt to connect to a node.
+const DIAL: Duration = Duration::from_secs(2);
+/// Connections of users that wait to be served.
+const USERS_MAX: usize = 256;
+
+/// Why a node does not run, or does not do what it was asked to.
+#[derive(Debug, thiserror::Error)]
+pub enum AgentError {
+    /// What it remembers of itself.
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+    /// Its part in the cluster.
+    #[error(transparent)]
+    Cluster(#[from] ClusterError),
+    /// A disk.
+    #[error(transparent)]
+    Disk(#[from] DiskError),
+    /// A disk's name.
+    #[error(transparent)]
+    Spec(#[from] SpecError),
+    /// A reactor.
+    #[error("the reactors can not be started")]
+    Plane(#[source] std::io::Error),
+    /// Its port.
+    #[error("the node can not listen at {address}: choose another with --listen")]
+    Listen {
+        /// Where.
+        address: String,
+        /// Why not.
+        source: std::io::Error,
+    },
+    /// The system.
+    #[error("a thread can not be started")]
+    System(#[from] std::io::Error),
+    /// A rule.
+    #[error(transparent)]
+    Refused(#[from] Refused),
+    /// Anything an operator got wrong.
+    #[error("{0}")]
+    Wrong(String),
+}
+
+/// What users ask of one certain node, by way of its API.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "command", rename_all = "kebab-case", deny_unknown_fields)]
+pub enum LocalRequest {
+    /// What it knows of its disks, volumes and reactors: [`NodeStatus`].
+    Status,
+    /// Use another disk.
+    DiskAdd {
+        /// As after `--disk`.
+        spec: String,
+    },
+    /// Take a disk out of service at once, as if it had died.
+    DiskFail {
+        /// Its name.
+        disk: String,
+    },
+    /// Put a failed disk back.
+    DiskReturn {
+        /// Its name.
+        disk: String,
+    },
+    /// Switch a fault on or off in front of a disk.
+    DiskFault {
+        /// Its name.
+        disk: String,
+        /// The fault.
+        fault: Fault,
+    },
+    /// Let a volume go, to another node or to whoever wants it.
+    LetGo {
+        /// The volume.
+        volume: String,
+        /// Its next owner.
+        to: Option<NodeId>,
+    },
+}
+
+/// The answer to a [`LocalRequest`]: a value, or what is wrong and what to do.
+pub type LocalAnswer = Result<serde_json::Value, String>;
+
+pub(crate) enum Input {
+    Plane(Event),
+    /// The state has changed.
+    Changed,
+    /// A disk was opened, or was not.
+    Opened(DiskIndex, Box<Result<node::Opened, DiskError>>),
+    /// A proposal about a disk was decided.
+    DiskRecorded(DiskIndex, disks::Record, Result<Applied, Refused>),
+    /// A volume was taken, or was not.
+    Taken(String, Result<Applied, Refused>),
+    /// An owner's proposal was decided.
+    Decided(VolumeIndex, u32, Result<Applied, Refused>),
+    /// The front ends and the owner of a volume have ended.
+    Quiet(VolumeIndex),
+    /// A volume's contents have a new name.
+    Renewed(VolumeIndex, u128, Result<Applied, Refused>),
+    /// The lease was renewed.
+    Leased(Lease),
+    /// Work on a VM has ended.
+    Machine(String, Result<(), String>),
+    /// The VMs that run here.
+    Machines(Result<Vec<String>, String>),
+    Request(LocalRequest, tokio::sync::oneshot::Sender<LocalAnswer>),
+    Stop,
+}
+
+/// Asks the agent from any thread.
+#[derive(Clone)]
+pub struct AgentHandle(mpsc::Sender<Input>);
+
+impl AgentHandle {
+    /// Asks, and waits for the answer.
+    pub async fn ask(&self, request: LocalRequest) -> LocalAnswer {
+        let gone = || Err("the node is shutting down".to_owned());
+        let (sender, receiver) = tokio::sync::oneshot::channel();
+        if self.0.send(Input::Request(request, sender)).is_err() {
+            return gone();
+        }
+        receiver.await.unwrap_or_else(|_| gone())
+    }
+
+    /// Ends the node cleanly.
+    pub fn stop(&self) {
+        // It may have ended already.
+        self.0.send(Input::Stop).ok();
+    }
+}
+
+/// What all parts of the agent use.
+pub(crate) struct Ground {
+    pub(crate) dir: PathBuf,
+    pub(crate) me: NodeId,
+    pub(crate) cluster: Arc<Cluster>,
+    pub(crate) plane: Arc<Plane>,
+    pub(crate) proposer: Proposer,
+    pub(crate) inputs: mpsc::Sender<Input>,
+}
+
+impl Ground {
+    /// Runs something that may take long; what it has to say is an input.
+    pub(crate) fn aside(&self, name: &str, work: impl FnOnce() -> Input + Send + 'static) {
+        let inputs = self.inputs.clone();
+        let started = std::thread::Builder::new().name(name.into()).spawn(move || {
+            // The agent may have ended, and then nobody wants to know.
+            inputs.send(work()).ok();
+        });
+        if let Err(error) = started {
+            eprintln!("unibody: a thread can not be started: {error}");
+        }
+    }
+
+    /// Proposes; the outcome is an input.
+    pub(crate) fn propose(
+        &self,
+        command: Command,
+        input: impl FnOnce(Result<Applied, Refused>) -> Input + Send + 'static,
+    ) {
+        let inputs = self.inputs.clone();
+        self.proposer.propose(command, move |outcome| {
+            inputs.send(input(outcome)).ok();
+        });
+    }
+}
+
+/// Where the other nodes are. Shared with the threads that dial them.
+type Book = Arc<Mutex<BTreeMap<NodeId, Vec<String>>>>;
+
+/// See the module.
+pub struct Agent {
+    ground: Ground,
+    config: NodeConfig,
+    view: Arc<View>,
+    disks: Disks,
+    volumes: Volumes,
+    machines: Machines,
+    book: Book,
+    me: Local,
+    inputs: mpsc::Receiver<Input>,
+    runtime: Option<tokio::runtime::Runtime>,
+    address: SocketAddr,
+    users: Option<tokio::sync::mpsc::Receiver<TcpStream>>,
+    /// Since when the leader has not heard of a node.
+    gone_since: BTreeMap<NodeId, Instant>,
+}
+
+impl Agent {
+    /// Starts a node: takes part in the cluster, opens its disks, and begins to do what the state says.
+    ///
+    /// # Errors
+    /// When it can not listen, can not use its store or a disk, or the cluster does not want it.
+    pub fn start(
+        dir: &Path,
+        config: NodeConfig,
+        start: &Start,
+        host: Arc<dyn VmHost>,
+    ) -> Result<Self, AgentError> {
+        let listener = TcpListener::bind(&config.listen).map_err(|source| AgentError::Listen {
+            address: config.listen.clone(),
+            source,
+        })?;
+        let specs = config
+            .disks
+            .iter()
+            .map(|spec| spec.parse())
+            .collect::<Result<Vec<_>, SpecError>>()?;
+        let incarnation = crate::raft::random();
+        let cluster = Arc::new(Cluster::start(
+            Options {
+                dir: dir.to_path_buf(),
+                name: config.name.clone(),
+                addresses: vec![config.address.clone()],
+                domain: config.domain.clone(),
+                memory: config.memory,
+                token: config.wire_token(),
+                incarnation,
+                timing: crate::raft::Timing::default(),
+                gate: None,
+            },
+            start,
+        )?);
+        let node = cluster.identity().node;
+        let me = Local {
+            node: handshake::NodeId(node.0),
+            incarnation: Incarnation(incarnation),
+            token: config.wire_token(),
+            nonce: [0; 32],
+        };
+        let (plane, events) = Plane::start(&config.cores).map_err(AgentError::Plane)?;
+        // Until it has a lease it has none.
+        plane.set_lease(Instant::now());
+        let plane = Arc::new(plane);
+        let (http, users) = tokio::sync::mpsc::channel(USERS_MAX);
+        let inside = Inside {
+            cluster: Arc::clone(&cluster),
+            plane: Arc::clone(&plane),
+            me: me.clone(),
+            http,
+            counts: Counts::default(),
+        };
+        let address = door::open(listener, Arc::new(inside))?;
+        cluster.wait_member(JOINING)?;
+        let runtime = tokio::runtime::Builder::new_multi_thread()
+            .worker_threads(2)
+            .thread_name("agent-io")
+            .enable_all()
+            .build()?;
+        let (sender, inputs) = mpsc::channel();
+        let ground = Ground {
+            dir: dir.to_path_buf(),
+            me: node,
+            proposer: Proposer::start(Arc::clone(&cluster), &runtime),
+            cluster: Arc::clone(&cluster),
+            plane: Arc::clone(&plane),
+            inputs: sender.clone(),
+        };
+        watch(&cluster, events, &sender)?;
+        let sessions = Arc::new(Sessions(plane));
+        std::fs::create_dir_all(dir.join("volumes"))?;
+        let mut agent = Agent {
+            volumes: Volumes::new(sessions),
+            disks: Disks::new(config.cache_bytes, config.faults),
+            machines: Machines::new(host),
+            view: cluster.view(),
+            ground,
+            config,
+            book: Book::default(),
+            me,
+            inputs,
+            runtime: Some(runtime),
+            address,
+            users: Some(users),
+            gone_since: BTreeMap::new(),
+        };
+        for spec in specs {
+            let index = agent.disks.add(spec)?;
+            agent.disks.open(&agent.ground, &agent.view.state, index);
+        }
+        agent.look();
+        Ok(agent)
+    }
+
+    /// Where it listens.
+    pub fn address(&self) -> SocketAddr {
+        self.address
+    }
+
+    /// For whoever asks it things.
+    pub fn handle(&self) -> AgentHandle {
+        AgentHandle(self.ground.inputs.clone())
+    }
+
+    /// Its part in the cluster.
+    pub fn cluster(&self) -> Arc<Cluster> {
+        Arc::clone(&self.ground.cluster)
+    }
+
+    /// What it was made from.
+    pub fn config(&self) -> &NodeConfig {
+        &self.config
+    }
+
+    /// What is not of other nodes and has come to the node's port. Can be taken once.
+    pub fn users(&mut self) -> Option<tokio::sync::mpsc::Receiver<TcpStream>> {
+        self.users.take()
+    }
+
+    /// The runtime to serve users on.
+    pub fn runtime(&self) -> tokio::runtime::Handle {
+        let runtime = self.runtime.as_ref().expect("it is there until the end");
+        runtime.handle().clone()
+    }
+
+    /// Works until it is told to stop, then ends cleanly: everything flushed, volumes let go, disks marked clean. VMs run on.
+    ///
+    /// # Errors
+    /// When a disk could not be closed cleanly, or the node was removed.
+    pub fn run(mut self) -> Result<(), AgentError> {
+        let mut next_tick = Instant::now() + TICK;
+        loop {
+            let patience = next_tick.saturating_duration_since(Instant::now());
+            match self.inputs.recv_timeout(patience) {
+                Ok(Input::Stop) => break,
+                Ok(input) => self.input(input),
+                Err(mpsc::RecvTimeoutError::Timeout) => {
+                    next_tick = Instant::now() + TICK;
+                    self.tick();
+                }
+                Err(mpsc::RecvTimeoutError::Disconnected) => unreachable!("the agent keeps a sender"),
+            }
+        }
+        self.shut_down()
+    }
+
+    fn input(&mut self, input: Input) {
+        match input {
+            Input::Plane(event) => self.event(event),
+            Input::Changed => {}
+            Input::Opened(index, opened) => self.disks.opened(&self.ground, index, *opened),
+            Input::DiskRecorded(index, record, outcome) => {
+                self.disks.recorded(&self.ground, index, record, &outcome);
+            }
+            Input::Taken(name, outcome) => {
+                let ups = self.disks.ups();
+                self.volumes.taken(&self.ground, &name, outcome, ups);
+            }
+            Input::Decided(index, generation, outcome) => {
+                self.volumes.decided(&self.ground, index, generation, outcome);
+            }
+            Input::Quiet(index) => self.volumes.quiet(&self.ground, index),
+            Input::Renewed(index, instance, outcome) => {
+                self.volumes.renewed(index, instance, &outcome);
+            }
+            Input::Leased(lease) => {
+                // Everything that was taken from this node before the lease was granted has been looked at now.
+                self.look();
+                self.ground.plane.set_lease(lease.until);
+                return;
+            }
+            Input::Machine(name, outcome) => self.machines.worked(&name, outcome),
+            Input::Machines(running) => self.machines.found(running),
+            Input::Request(request, reply) => {
+                // A user who has hung up does not want to know.
+                reply.send(self.request(request)).ok();
+            }
+            Input::Stop => unreachable!("seen by the caller"),
+        }
+        self.look();
+    }
+
+    fn event(&mut self, event: Event) {
+        match event {
+            Event::Proposal(index, id, proposal) => self.volumes.propose(&self.ground, index, id, proposal),
+            Event::Distrusted(index) => self.disks.distrusted(&self.ground, index),
+            Event::DiskFailed { disk, reason } => self.disks.failed(&self.ground, disk, reason),
+            Event::Silent(index) => self.disks.silent(&self.ground, index),
+            Event::Attached { volume, power_lost } => {
+                self.volumes.attached(&self.ground, volume, power_lost);
+            }
+            Event::Dial {
+                node,
+                reactor,
+                reason: _,
+            } => self.dial(NodeId(node.0), reactor),
+            Event::NewGeneration(index) => self.volumes.renew_generation(&self.ground, index),
+            Event::Fenced(index) => self.volumes.lost(&self.ground, index, "another owner has it"),
+            Event::Failed(index) => self.volumes.lost(
+                &self.ground,
+                index,
+                "its last replicas forgot acknowledged writes: it is attached anew, and the guest sees a failed disk",
+            ),
+        }
+    }
+
+    /// Connects to a node for a reactor, as often as needed while the node is known.
+    fn dial(&self, node: NodeId, reactor: u16) {
+        let (plane, me, book) = (
+            Arc::clone(&self.ground.plane),
+            self.me.clone(),
+            Arc::clone(&self.book),
+        );
+        let dialing = std::thread::Builder::new().name("dial".into()).spawn(move || {
+            let mut pause = Duration::from_millis(50);
+            loop {
+                let addresses = book
+                    .lock()
+                    .unwrap_or_else(PoisonError::into_inner)
+                    .get(&node)
+                    .cloned();
+                let Some(addresses) = addresses else { return };
+                let resolved = addresses
+                    .iter()
+                    .filter_map(|address| address.to_socket_addrs().ok());
+                for address in resolved.flatten() {
+                    let peer = handshake::NodeId(node.0);
+                    if plane.dial(door::local(&me), peer, reactor, address, DIAL).is_ok() {
+                        return;
+                    }
+                }
+                std::thread::sleep(pause);
+                pause = (pause * 2).min(Duration::from_secs(1));
+            }
+        });
+        if let Err(error) = dialing {
+            eprintln!("unibody: a thread can not be started: {error}");
+        }
+    }
+
+    /// Compares what the state says of this node with what is here.
+    fn look(&mut self) {
+        self.view = self.ground.cluster.view();
+        let view = Arc::clone(&self.view);
+        self.look_at_nodes(&view);
+        self.disks.look(&self.ground, &view.state);
+        self.volumes.look(&self.ground, &view.state);
+        self.machines.look(&self.ground, &view.state, &self.volumes);
+    }
+
+    fn look_at_nodes(&mut self, view: &View) {
+        let others: BTreeMap<NodeId, Vec<String>> = view
+            .state
+            .nodes
+            .iter()
+            .filter(|(node, _)| **node != self.ground.me)
+            .map(|(node, record)| (*node, record.addresses.clone()))
+            .collect();
+        let known: BTreeSet<NodeId> = {
+            let mut book = self.book.lock().unwrap_or_else(PoisonError::into_inner);
+            if *book == others {
+                return;
+            }
+            let known = book.keys().copied().collect();
+            book.clone_from(&others);
+            known
+        };
+        for node in others.keys().filter(|node| !known.contains(node)) {
+            if let Err(error) = self.ground.plane.add_node(handshake::NodeId(node.0)) {
+                eprintln!("unibody: the disks of node {node} can not be reached: {error}");
+            }
+        }
+        for node in known.iter().filter(|node| !others.contains_key(node)) {
+            self.ground.plane.forget_node(handshake::NodeId(node.0));
+        }
+    }
+
+    fn tick(&mut self) {
+        self.disks.tick(&self.ground, &self.view.state);
+        self.machines.tick(&self.ground);
+        self.look();
+        self.lead();
+    }
+
+    /// Does what the leader does, if this node leads.
+    fn lead(&mut self) {
+        if !self.ground.cluster.is_leader() {
+            self.gone_since.clear();
+            return;
+        }
+        let now = Instant::now();
+        let out_after = Duration::from_secs(self.config.out_after_s);
+        let mut life = BTreeMap::new();
+        for &node in self.view.state.nodes.keys() {
+            let heard = self.ground.cluster.heard(node);
+            let alive =
+                node == self.ground.me || heard.is_some_and(|heard| now.duration_since(heard) < SILENT);
+            if alive {
+                self.gone_since.remove(&node);
+                life.insert(node, Life::Alive);
+                continue;
+            }
+            let since = *self.gone_since.entry(node).or_insert(now);
+            let over = self
+                .ground
+                .cluster
+                .lease_left(node)
+                .is_ok_and(|left| left.is_zero());
+            let judged = match over {
+                false => Life::Silent,
+                true if now.duration_since(since) >= out_after => Life::Lost,
+                true => Life::Gone,
+            };
+            life.insert(node, judged);
+        }
+        for duty in leader::duties(&self.view.state, &life) {
+            let outcome = match &duty {
+                Duty::Take(node, command) => self.ground.cluster.take_from(*node, command),
+                Duty::Do(command) => self
+                    .ground
+                    .cluster
+                    .propose(self.ground.cluster.request(), command),
+            };
+            match outcome {
+                Ok(_) => {}
+                // Somebody was faster, or it is not known: it is looked at again at the next tick.
+                Err(error) => {
+                    if !matches!(
+                        &error,
+                        crate::raft::ProposeError::Refused(Refused::Overtaken { .. })
+                    ) {
+                        eprintln!("unibody: {error}");
+                    }
+                    return;
+                }
+            }
+        }
+    }
+
+    fn request(&mut self, request: LocalRequest) -> LocalAnswer {
+        let done = |()| serde_json::Value::Null;
+        let wrong = |error: AgentError| node::chain(&error);
+        match request {
+            LocalRequest::Status => serde_json::to_value(self.status()).map_err(|error| error.to_string()),
+            LocalRequest::DiskAdd { spec } => self.add_disk(&spec).map(done).map_err(wrong),
+            LocalRequest::DiskFail { disk } => self.disks.fail(&self.ground, &disk).map(done).map_err(wrong),
+            LocalRequest::DiskReturn { disk } => {
+                let state = Arc::clone(&self.view.state);
+                self.disks
+                    .put_back(&self.ground, &state, &disk)
+                    .map(done)
+                    .map_err(wrong)
+            }
+            LocalRequest::DiskFault { disk, fault } => {
+                self.disks.fault(&disk, &fault).map(done).map_err(wrong)
+            }
+            LocalRequest::LetGo { volume, to } => self
+                .volumes
+                .let_go(&self.ground, &volume, to)
+                .map(done)
+                .map_err(wrong),
+        }
+    }
+
+    fn add_disk(&mut self, text: &str) -> Result<(), AgentError> {
+        let index = self.disks.add(text.parse()?)?;
+        self.config.disks.push(text.to_owned());
+        if let Err(error) = self.config.save(&self.ground.dir) {
+            self.config.disks.pop();
+            self.disks.forget_last();
+            return Err(error.into());
+        }
+        self.disks.open(&self.ground, &self.view.state, index);
+        Ok(())
+    }
+
+    fn status(&self) -> NodeStatus {
+        let shards = self.ground.plane.status();
+        NodeStatus {
+            disks: self.disks.status(&self.view.state, &shards),
+            volumes: self.volumes.status(&self.ground.dir, &self.view.state, &shards),
+            reactors: shards.iter().map(node::reactor_status).collect(),
+        }
+    }
+
+    fn shut_down(mut self) -> Result<(), AgentError> {
+        let end = Instant::now() + PATIENCE;
+        self.volumes.let_all_go(&self.ground);
+        while self.volumes.any() && Instant::now() < end {
+            match self.inputs.recv_timeout(TICK) {
+                Ok(Input::Plane(
+                    event @ (Event::Proposal(..) | Event::Distrusted(_) | Event::DiskFailed { .. }),
+                )) => {
+                    self.event(event);
+                }
+                Ok(Input::Decided(index, generation, outcome)) => {
+                    self.volumes.decided(&self.ground, index, generation, outcome);
+                }
+                Ok(Input::Quiet(index)) => self.volumes.quiet(&self.ground, index),
+                _ => {}
+            }
+        }
+        let quiet = !self.volumes.any();
+        let closed = quiet && self.disks.close(&self.ground, end);
+        // What was proposed last, so that others need not wait for the lease to end.
+        self.ground.cluster.confirmed().ok();
+        if let Some(runtime) = self.runtime.take() {
+            runtime.shutdown_timeout(Duration::from_secs(2));
+        }
+        if closed {
+            Ok(())
+        } else {
+            // Closing would mark clean what an owner has not made equal: the disks are left as a crash would.
+            Err(AgentError::Wrong(
+                "the node did not become quiet, and ends as if it had crashed".into(),
+            ))
+        }
+    }
+}
+
+/// Everything that happens elsewhere becomes an input.
+fn watch(
+    cluster: &Arc<Cluster>,
+    events: mpsc::Receiver<Event>,
+    inputs: &mpsc::Sender<Input>,
+) -> std::io::Result<()> {
+    let forward = inputs.clone();
+    std::thread::Builder::new().name("events".into()).spawn(move || {
+        events
+            .into_iter()
+            .all(|event| forward.send(Input::Plane(event)).is_ok())
+    })?;
+    let forward = inputs.clone();
+    cluster.on_change(move |_| forward.send(Input::Changed).is_ok());
+    let (forward, renewing) = (inputs.clone(), Arc::downgrade(cluster));
+    std::thread::Builder::new().name("lease".into()).spawn(move || {
+        while let Some(cluster) = renewing.upgrade() {
+            let begun = Instant::now();
+            let renewed = cluster.renew_lease();
+            drop(cluster);
+            if let Ok(lease) = renewed
+                && forward.send(Input::Leased(lease)).is_err()
+            {
+                return;
+            }
+            std::thread::sleep(
+                RENEW
+                    .saturating_sub(begun.elapsed())
+                    .max(Duration::from_millis(100)),
+            );
+        }
+    })?;
+    Ok(())
+}

@@ -1,0 +1,402 @@
+//! The volumes that this node owns: taken under a generation of this process, served, healed, let go.
+//!
+//! The state says who the owner is; being named is not enough to serve, since the name may be left from an earlier process. So
+//! a volume that names this node and is not here is taken anew, under the next generation.
+//!
+//! A volume is served at `volumes/NAME.sock` in the node's directory, mode 0600, from when its owner is attached until it
+//! begins to let go.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use unibody_dataplane::config::{Outcome, Proposal};
+use unibody_dataplane::frontend::{DeviceConfig, Export};
+use unibody_dataplane::ids::VolumeId;
+use unibody_dataplane::plane::{DiskUp, ShardStatus, VOLUMES_MAX, VolumeIndex};
+
+use super::{AgentError, Ground, Input};
+use crate::admin::VolumeStatus;
+use crate::node::{self, exports, exports::Sessions};
+use crate::state::{Applied, Command, NodeId, Refused, State};
+
+/// Requests in a queue.
+const QUEUE_SIZE: u16 = 1024;
+/// Queues offered to a guest.
+const QUEUES: u16 = 4;
+
+/// What follows when a volume has become quiet.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum After {
+    /// Nobody owns it.
+    Release,
+    /// Another node owns it.
+    HandOver(NodeId),
+    /// Nothing: it is not ours any more.
+    Nothing,
+}
+
+/// Where a volume here is in its life.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Stage {
+    /// Its owner seals and compares.
+    Attaching,
+    /// Its owner does I/O; it can be served.
+    Attached,
+    /// It gets a new name for its contents before it is served: writes that guests were promised may be gone.
+    Renewing,
+    Ending(After),
+}
+
+struct Held {
+    name: String,
+    id: VolumeId,
+    index: VolumeIndex,
+    generation: u32,
+    config: u32,
+    size: u64,
+    stage: Stage,
+    instance: Option<u128>,
+    export: Option<Export>,
+    /// Serving it failed, and was said.
+    complained: bool,
+}
+
+/// See the module.
+pub(crate) struct Volumes {
+    sessions: Arc<Sessions>,
+    /// By their number in the data plane.
+    held: Vec<Option<Held>>,
+    /// Being taken: a proposal is out.
+    taking: BTreeMap<String, ()>,
+}
+
+impl Volumes {
+    pub(crate) fn new(sessions: Arc<Sessions>) -> Self {
+        Volumes {
+            sessions,
+            held: Vec::new(),
+            taking: BTreeMap::new(),
+        }
+    }
+
+    fn find(&self, name: &str) -> Option<&Held> {
+        self.held.iter().flatten().find(|held| held.name == name)
+    }
+
+    fn held(&mut self, index: VolumeIndex) -> Option<&mut Held> {
+        self.held.get_mut(usize::from(index.0))?.as_mut()
+    }
+
+    /// Whether any volume is here.
+    pub(crate) fn any(&self) -> bool {
+        self.held.iter().any(Option::is_some)
+    }
+
+    /// Where a volume is served on this machine, once it is.
+    pub(crate) fn socket(&self, dir: &Path, name: &str) -> Option<PathBuf> {
+        let held = self.find(name)?;
+        held.export.as_ref().map(|_| socket(dir, name))
+    }
+
+    /// Compares what the state says with what is here.
+    pub(crate) fn look(&mut self, ground: &Ground, state: &State) {
+        for number in 0..self.held.len() {
+            let Some(held) = &mut self.held[number] else {
+                continue;
+            };
+            let record = state
+                .volumes
+                .get(&held.name)
+                .filter(|record| record.id == held.id.0);
+            let ours = record.is_some_and(|record| {
+                record.owner == Some(ground.me) && record.generation == held.generation
+            });
+            if let (true, Some(record)) = (ours, record) {
+                if record.config > held.config {
+                    held.config = record.config;
+                    ground.plane.reconfigured(held.index, record.to_config());
+                }
+                let belongs = state.user_of(&held.name).and_then(|vm| state.vms[vm].node);
+                let idle = !held.export.as_ref().is_some_and(Export::connected);
+                if let Some(node) = belongs
+                    && node != ground.me
+                    && idle
+                    && held.stage == Stage::Attached
+                {
+                    // The VM that uses it belongs elsewhere, and it goes there with it.
+                    let index = held.index;
+                    self.end(ground, index, After::HandOver(node));
+                    continue;
+                }
+                if record.size > held.size {
+                    held.size = record.size;
+                    if let Some(export) = &held.export {
+                        export.resize(record.size);
+                    }
+                }
+            } else if !matches!(held.stage, Stage::Ending(After::Nothing)) {
+                let config = record.map(|record| record.to_config());
+                let index = held.index;
+                // Its owner hears that there is another one, so that nothing waits for replicas that obey that one.
+                if let Some(config) = config {
+                    ground.plane.reconfigured(index, config);
+                }
+                self.end(ground, index, After::Nothing);
+            }
+        }
+        for (name, record) in &state.volumes {
+            if record.owner == Some(ground.me) && self.find(name).is_none() && !self.taking.contains_key(name)
+            {
+                self.taking.insert(name.clone(), ());
+                let command = Command::Attach {
+                    name: name.clone(),
+                    node: ground.me,
+                    generation: record.generation,
+                };
+                let name = name.clone();
+                ground.propose(command, move |outcome| Input::Taken(name, outcome));
+            }
+        }
+        self.serve(ground, state);
+    }
+
+    /// A volume was taken: begin to own it.
+    pub(crate) fn taken(
+        &mut self,
+        ground: &Ground,
+        name: &str,
+        outcome: Result<Applied, Refused>,
+        ups: Vec<DiskUp>,
+    ) {
+        self.taking.remove(name);
+        // Refused: somebody was faster, and the state says who.
+        let Ok(Applied::Volume(config)) = outcome else {
+            return;
+        };
+        if self.find(name).is_some() {
+            return;
+        }
+        let free = self
+            .held
+            .iter()
+            .position(Option::is_none)
+            .unwrap_or(self.held.len());
+        if free >= VOLUMES_MAX {
+            eprintln!("unibody: volume {name} is not served: a node has at most {VOLUMES_MAX} volumes");
+            return;
+        }
+        if free == self.held.len() {
+            self.held.push(None);
+        }
+        let index = VolumeIndex(free as u16);
+        self.held[free] = Some(Held {
+            name: name.to_owned(),
+            id: config.id,
+            index,
+            generation: config.generation.0,
+            config: config.config,
+            size: config.size,
+            stage: Stage::Attaching,
+            instance: None,
+            export: None,
+            complained: false,
+        });
+        ground.plane.add_volume(index, *config, ups);
+    }
+
+    /// An owner asks for a change.
+    pub(crate) fn propose(&mut self, ground: &Ground, index: VolumeIndex, id: VolumeId, proposal: Proposal) {
+        let Some(held) = self.held(index).filter(|held| held.id == id) else {
+            return;
+        };
+        let (name, generation) = (held.name.clone(), held.generation);
+        ground.propose(Command::Propose { name, proposal }, move |outcome| {
+            Input::Decided(index, generation, outcome)
+        });
+    }
+
+    pub(crate) fn decided(
+        &mut self,
+        ground: &Ground,
+        index: VolumeIndex,
+        generation: u32,
+        outcome: Result<Applied, Refused>,
+    ) {
+        let Some(held) = self.held(index).filter(|held| held.generation == generation) else {
+            return;
+        };
+        let outcome = match outcome {
+            Ok(Applied::Outcome(outcome)) => outcome,
+            // The volume was deleted.
+            _ => Outcome::Fenced,
+        };
+        if let Outcome::Committed(config) | Outcome::Moved(config) = &outcome {
+            held.config = held.config.max(config.config);
+        }
+        ground.plane.decided(index, outcome);
+    }
+
+    /// The owner of a volume serves I/O.
+    pub(crate) fn attached(&mut self, ground: &Ground, index: VolumeIndex, power_lost: bool) {
+        let Some(held) = self.held(index).filter(|held| held.stage == Stage::Attaching) else {
+            return;
+        };
+        if !power_lost {
+            held.stage = Stage::Attached;
+            return;
+        }
+        eprintln!(
+            "unibody: volume {}: power was lost under it: writes that were not flushed may be gone",
+            held.name
+        );
+        held.stage = Stage::Renewing;
+        let (name, instance) = (held.name.clone(), crate::raft::random());
+        ground.propose(Command::Renew { name, instance }, move |outcome| {
+            Input::Renewed(index, instance, outcome)
+        });
+    }
+
+    pub(crate) fn renewed(&mut self, index: VolumeIndex, instance: u128, outcome: &Result<Applied, Refused>) {
+        if let Some(held) = self.held(index).filter(|held| held.stage == Stage::Renewing)
+            && outcome.is_ok()
+        {
+            held.instance = Some(instance);
+            held.stage = Stage::Attached;
+        }
+    }
+
+    /// Serves what can be served and is not yet.
+    fn serve(&mut self, ground: &Ground, state: &State) {
+        for held in self.held.iter_mut().flatten() {
+            if held.stage != Stage::Attached || held.export.is_some() {
+                continue;
+            }
+            let Some(record) = state.volumes.get(&held.name) else {
+                continue;
+            };
+            let device = DeviceConfig {
+                capacity_bytes: record.size,
+                queues_max: QUEUES,
+                queue_size_max: QUEUE_SIZE,
+                read_only: record.read_only,
+                serial: held.name.clone(),
+                instance: held.instance.unwrap_or(record.instance),
+            };
+            let path = socket(&ground.dir, &held.name);
+            let sessions = Arc::clone(&self.sessions);
+            match Export::new(exports::device(held.index), device, &path, sessions) {
+                Ok(export) => held.export = Some(export),
+                Err(error) if !held.complained => {
+                    held.complained = true;
+                    eprintln!(
+                        "unibody: volume {} can not be served: {}",
+                        held.name,
+                        node::chain(&error)
+                    );
+                }
+                Err(_) => {}
+            }
+        }
+    }
+
+    /// Half of a generation's versions are used: the next one is taken.
+    pub(crate) fn renew_generation(&mut self, ground: &Ground, index: VolumeIndex) {
+        // Let go and, being healed by whoever leads, taken again.
+        self.end(ground, index, After::Release);
+    }
+
+    /// The owner in the data plane has ended by itself.
+    pub(crate) fn lost(&mut self, ground: &Ground, index: VolumeIndex, why: &str) {
+        if let Some(held) = self.held(index) {
+            eprintln!("unibody: volume {}: {why}", held.name);
+            self.end(ground, index, After::Nothing);
+        }
+    }
+
+    /// Lets a volume go, as an operator or another node asked.
+    pub(crate) fn let_go(
+        &mut self,
+        ground: &Ground,
+        name: &str,
+        to: Option<NodeId>,
+    ) -> Result<(), AgentError> {
+        let held = self
+            .find(name)
+            .ok_or_else(|| AgentError::Wrong(format!("volume {name} is not attached to this node")))?;
+        if held.export.as_ref().is_some_and(Export::connected) {
+            return Err(AgentError::Wrong(format!(
+                "volume {name} is in use by a VM here: stop that first"
+            )));
+        }
+        let index = held.index;
+        self.end(ground, index, to.map_or(After::Release, After::HandOver));
+        Ok(())
+    }
+
+    pub(crate) fn let_all_go(&mut self, ground: &Ground) {
+        let all: Vec<_> = self.held.iter().flatten().map(|held| held.index).collect();
+        for index in all {
+            self.end(ground, index, After::Release);
+        }
+    }
+
+    /// Begins to end a volume: its sessions, then its owner. [`Input::Quiet`] says when both are over.
+    fn end(&mut self, ground: &Ground, index: VolumeIndex, after: After) {
+        let Some(held) = self.held(index) else { return };
+        if let Stage::Ending(before) = &mut held.stage {
+            // What is not ours any more is not given to anybody.
+            if after == After::Nothing {
+                *before = after;
+            }
+            return;
+        }
+        held.stage = Stage::Ending(after);
+        let (export, plane) = (held.export.take(), Arc::clone(&ground.plane));
+        ground.aside("ending", move || {
+            // The session takes its queues back first; what is in flight may need proposals to be decided.
+            drop(export);
+            // A reactor that has ended has let go of everything.
+            plane.remove_volume(index).recv().ok();
+            Input::Quiet(index)
+        });
+    }
+
+    pub(crate) fn quiet(&mut self, ground: &Ground, index: VolumeIndex) {
+        let Some(held) = self.held.get_mut(usize::from(index.0)).and_then(Option::take) else {
+            return;
+        };
+        let (name, generation) = (held.name, held.generation);
+        let command = match held.stage {
+            Stage::Ending(After::Release) => Command::Release {
+                name,
+                node: ground.me,
+                generation,
+            },
+            Stage::Ending(After::HandOver(to)) => Command::Handover { name, generation, to },
+            _ => return,
+        };
+        // Until that is decided the state names this node, and it must not be taken anew meanwhile.
+        let name = command.volume().unwrap_or_default().to_owned();
+        self.taking.insert(name.clone(), ());
+        ground.propose(command, move |outcome| {
+            Input::Taken(name, outcome.map(|_| Applied::Done))
+        });
+    }
+
+    pub(crate) fn status(&self, dir: &Path, state: &State, shards: &[ShardStatus]) -> Vec<VolumeStatus> {
+        let held = self.held.iter().flatten();
+        held.filter_map(|held| {
+            let record = state.volumes.get(&held.name)?;
+            let mut status =
+                node::volume_status(&held.name, record, held.index, held.export.as_ref(), shards);
+            status.socket = held.export.as_ref().map(|_| socket(dir, &held.name));
+            Some(status)
+        })
+        .collect()
+    }
+}
+
+fn socket(dir: &Path, name: &str) -> PathBuf {
+    dir.join("volumes").join(format!("{name}.sock"))
+}
