@@ -511,7 +511,11 @@ impl Mirror {
         let mut changed = false;
         for (i, slot) in chunk.slots.iter_mut().enumerate() {
             let bit = 1u8 << i;
-            if chunk.in_sync & bit == 0 || slot.lost != Lost::Disk {
+            // One without room has every acknowledged write, since nothing is acknowledged before it is dropped. When no
+            // other is left it goes on.
+            let counts =
+                slot.lost == Lost::Disk || slot.lost == Lost::NoSpace && trusted == 0 && slot.present;
+            if chunk.in_sync & bit == 0 || !counts {
                 continue;
             }
             let disk = &self.disks[usize::from(slot.disk)];

@@ -412,7 +412,8 @@ impl Mirror {
         }
         let (c, region) = self.place(p);
         let (required, _) = self.chunks[c as usize].targets(region);
-        let (lost, in_sync) = (self.chunks[c as usize].lost, self.chunks[c as usize].in_sync);
+        let chunk = &self.chunks[c as usize];
+        let (lost, in_sync, pending) = (chunk.lost, chunk.in_sync, chunk.pending);
         let piece = &mut self.pieces[p];
         piece.need &= required;
         if planted::on(Bug::AckAtFirst) && piece.acked & in_sync != 0 {
@@ -438,24 +439,27 @@ impl Mirror {
         }
         let refused = piece.no_space & piece.need;
         if refused != 0 && piece.need & !refused & lost == 0 {
-            if piece.acked & in_sync == 0 {
-                if piece.need == refused && piece.acked == 0 {
-                    // Nobody has room and nothing was changed.
-                    return self.finish(p, Some(OpError::NoSpace), out);
+            // A replica whose promotion is undecided counts as in sync: it may be already.
+            let have = piece.acked & (in_sync | pending);
+            if have != 0 {
+                // Who has no room is given up for one that has the write and is in sync. While that one is lost or
+                // undecided, the control state may yet drop it instead.
+                let (holds, fulls) = (have & in_sync & !lost, refused & !lost);
+                if holds != 0 && fulls != 0 {
+                    self.lose_slots(c, fulls, true);
                 }
-                // Only a rebuilding replica took it: what it has there is copied again.
-                if piece.need == refused {
-                    let acked = piece.acked;
+                return;
+            }
+            if piece.need == refused {
+                // Nobody who counts has room, and nobody who counts was changed. What a rebuilding replica took is
+                // copied again.
+                let acked = piece.acked;
+                if acked != 0 {
                     self.chunks[c as usize].unclean(acked, region);
                     self.look_region(c, region);
                     self.wish = true;
-                    return self.finish(p, Some(OpError::NoSpace), out);
                 }
-            } else {
-                if refused & !lost != 0 {
-                    self.lose_slots(c, refused & !lost, true);
-                }
-                return;
+                return self.finish(p, Some(OpError::NoSpace), out);
             }
         }
         let missing = piece.need & !lost & !piece.no_space;
