@@ -198,6 +198,21 @@ fn runs_without_faults_have_no_errors() {
 }
 
 #[test]
+fn a_disk_that_does_not_keep_some_blocks_delays_no_read_and_loses_its_replica() {
+    let (weak, moved) = (AtomicU64::new(0), AtomicU64::new(0));
+    over(0..60, |seed| {
+        let run = sim::guarded(move || sim::run(Profile::weak(seed), false));
+        assert!(run.verdict.is_ok(), "{}", tell(seed, &run).unwrap_or_default());
+        assert_eq!(run.stats.ops_failed, 0, "seed {seed}: {:?}", run.stats);
+        let seen = |what| run.stats.seen.get(what).copied().unwrap_or(0);
+        weak.fetch_add(seen("weak block"), Ordering::Relaxed);
+        moved.fetch_add(u64::from(seen("replicas moved") > 0), Ordering::Relaxed);
+    });
+    println!("{weak:?} weak blocks, replicas moved in {moved:?} runs");
+    assert!(moved.into_inner() >= 20, "few runs met their weak blocks");
+}
+
+#[test]
 fn different_seeds_are_different_runs() {
     assert_ne!(sim::run_seed(1, false).trace, sim::run_seed(2, false).trace);
 }

@@ -13,6 +13,7 @@ use crate::memory::{Arena, Payload};
 use crate::planted::{self, Bug};
 use crate::replica::{Crcs, Reply, Request, Span, Status};
 
+use super::chunks::Lost;
 use super::disks::{Pending, Purpose};
 use super::slab::NIL;
 use super::{Effect, Mirror, OpError, OpId, OpKind, Phase, WINDOW};
@@ -446,7 +447,7 @@ impl Mirror {
                 // undecided, the control state may yet drop it instead.
                 let (holds, fulls) = (have & in_sync & !lost, refused & !lost);
                 if holds != 0 && fulls != 0 {
-                    self.lose_slots(c, fulls, true);
+                    self.lose_slots(c, fulls, Lost::NoSpace);
                 }
                 return;
             }

@@ -101,7 +101,7 @@ impl Mirror {
         }
         let disk = &self.disks[usize::from(slot.disk)];
         let trusted = chunk.in_sync & !chunk.lost;
-        let no_space = slot.lost == Lost::NoSpace;
+        let no_space = slot.lost.elsewhere();
         match slot.state {
             SlotState::InSync if slot.lost != Lost::No => {
                 (trusted != 0 && !slot.refused).then_some(Wish::Stale { no_space })

@@ -425,6 +425,15 @@ impl World {
             return;
         }
         let block = used[self.random.below(used.len() as u64) as usize];
+        if within && self.profile.weak > 0 {
+            if block >= data && self.weak < self.profile.weak {
+                note!(self, "weak {node} {block:x}");
+                self.weak += 1;
+                self.nodes[node].disk.weaken(block);
+                self.count("weak block");
+            }
+            return;
+        }
         note!(self, "rot {node} {block:x}");
         if block >= data && self.random.one_in(3) {
             self.nodes[node].disk.spoil(block);

@@ -81,6 +81,8 @@ pub struct Profile {
     pub damage: Damage,
     /// Rot, latent errors: once in so many milliseconds.
     pub rot: u64,
+    /// Blocks of data on the damaged disk that rot again after each write, for ever.
+    pub weak: u64,
     /// Lost and misdirected writes: once in so many writes.
     pub stray: u64,
     /// Everything is verified in the background every so many milliseconds.
@@ -148,6 +150,7 @@ impl Profile {
             } else {
                 r.pick(&[100, 500, 2000])
             },
+            weak: 0,
             stray: if damage == Damage::Within {
                 r.pick(&[0, 100, 400])
             } else {
@@ -175,8 +178,27 @@ impl Profile {
             open_crash: 0,
             damage: Damage::None,
             rot: 0,
+            weak: 0,
             stray: 0,
             ..Profile::draw(seed)
+        }
+    }
+
+    /// A disk with blocks that do not keep what is written to them, beside sound disks, one of them to spare.
+    pub fn weak(seed: u64) -> Self {
+        let base = Profile::calm(seed);
+        let mirror = 2 + (seed % 2) as u32;
+        Profile {
+            disks: u64::from(mirror) + 1,
+            disk_bytes: 24 << 20,
+            mirror,
+            spread: base.spread.min(24),
+            damage: Damage::Within,
+            rot: 300,
+            weak: 1 + seed % 4,
+            scrub_ms: if seed.is_multiple_of(3) { 3_000 } else { 0 },
+            io_timeout_ms: 3_000,
+            ..base
         }
     }
 }

@@ -182,6 +182,8 @@ pub struct World {
     pub(super) asked: Option<Reply>,
     /// The disk that integrity faults are confined to.
     pub(super) victim: usize,
+    /// Blocks of it that are weak by now.
+    pub(super) weak: u64,
     /// Statistics.
     pub stats: Stats,
 }
@@ -245,6 +247,7 @@ impl World {
             leaving: 0,
             asked: None,
             victim,
+            weak: 0,
             stats: Stats::default(),
         }
     }
