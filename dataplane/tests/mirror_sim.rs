@@ -56,6 +56,10 @@ const KEPT: &[(u64, &str)] = &[
         "a write without room anywhere but on a replica whose promotion was undecided made the replicas differ",
     ),
     (12569, "the same as 4190 after a first attempt at it"),
+    (
+        36446,
+        "a region that a rebuilding replica alone had a write of was to be copied again, and nobody began",
+    ),
 ];
 
 #[test]

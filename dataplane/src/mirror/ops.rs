@@ -457,6 +457,7 @@ impl Mirror {
                 let acked = piece.acked;
                 if acked != 0 {
                     self.chunks[c as usize].unclean(acked, region);
+                    self.queue_work(c);
                     self.look_region(c, region);
                     self.wish = true;
                 }
