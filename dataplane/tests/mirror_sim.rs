@@ -84,13 +84,11 @@ const NOT_FOUND_YET: &[unibody_dataplane::planted::Bug] = {
     &[
         Bug::SkipSeal,
         Bug::FlushEarly,
-        Bug::WriteUncleanRegion,
         Bug::PromoteWithoutFlush,
         Bug::SkipReadRepair,
         Bug::EdgesWithoutLock,
         Bug::SoleCopyUnflushed,
         Bug::PendingPromotionForgotten,
-        Bug::ReconcileTakesOldest,
     ]
 };
 

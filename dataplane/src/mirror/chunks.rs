@@ -157,11 +157,13 @@ impl Chunk {
             while left != 0 {
                 let slot = left.trailing_zeros();
                 left &= left - 1;
-                if self.slots[slot as usize].clean >> region & 1 != 0 || planted::on(Bug::WriteUncleanRegion)
-                {
+                if self.slots[slot as usize].clean >> region & 1 != 0 {
                     need |= 1 << slot;
                 }
             }
+        }
+        if planted::on(Bug::PendingPromotionForgotten) {
+            need &= !self.pending;
         }
         (need, need & !self.lost)
     }

@@ -97,6 +97,13 @@ pub(super) struct Piece {
     newer: u32,
 }
 
+impl Piece {
+    /// A write that covers a block in part.
+    pub(super) fn has_edges(&self) -> bool {
+        self.edges != 0
+    }
+}
+
 impl Default for Piece {
     fn default() -> Self {
         Piece {
@@ -291,9 +298,6 @@ impl Mirror {
             if kind == PieceKind::Write {
                 let (at, n) = (usize::from(place.first), usize::from(place.count));
                 piece.crcs[at..at + n].copy_from_slice(&crcs[from..from + n]);
-            }
-            if edges != 0 && planted::on(Bug::EdgesWithoutLock) {
-                self.run(p, &mut Vec::new());
             }
             self.enter(p);
         }

@@ -99,13 +99,7 @@ fn plan_as(views: &[View<'_>], adopt: bool, record_lost: bool) -> Option<Plan> {
     let order = &mut order[..n];
     order.sort_by_key(|&i| {
         let view = &views[usize::from(i)];
-        let version = view.digest.image.version.0;
-        let newest = if planted::on(Bug::ReconcileTakesOldest) {
-            version
-        } else {
-            !version
-        };
-        (view.suspect, newest, i)
+        (view.suspect, !view.digest.image.version.0, i)
     });
     let winner = usize::from(*order.first()?);
     let base = views[winner].digest;

@@ -58,10 +58,6 @@ impl Mirror {
                     chunks.push(c as u32);
                     if wish == Wish::Promote {
                         self.chunks[c].slots[i].pending = true;
-                        if planted::on(Bug::PendingPromotionForgotten) {
-                            let slot = &mut self.chunks[c].slots[i];
-                            (slot.pending, slot.clean, slot.active) = (false, 0, false);
-                        }
                         self.refresh(c as u32);
                     }
                 }

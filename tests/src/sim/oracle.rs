@@ -1,7 +1,7 @@
 //! A whole run, and what must hold when its faults have ended.
 
 use unibody_dataplane::config::SlotState;
-use unibody_dataplane::ids::{ChunkKey, REGIONS_PER_CHUNK, Version};
+use unibody_dataplane::ids::{ChunkKey, EXTENTS_PER_REGION, REGIONS_PER_CHUNK, Version};
 use unibody_dataplane::mirror::{OpKind, Phase};
 use unibody_dataplane::replica::{ChunkRef, ExtentImage, Header, Reply, Request};
 use unibody_dataplane::store::{Tag, Verdict, check};
@@ -42,6 +42,7 @@ impl World {
             }
         }
         self.read_everything()?;
+        self.mended()?;
         self.compare()?;
         self.gather();
         self.close_and_check()?;
@@ -121,6 +122,46 @@ impl World {
                 }
             }
             at = end;
+        }
+        Ok(())
+    }
+
+    /// Bad blocks that reads met, and that another replica had, were made good.
+    fn mended(&mut self) -> Checked {
+        let until = self.now + 3_000_000;
+        while !self.met.is_empty() && self.now < until {
+            self.step()?;
+        }
+        let config = self.config();
+        for (node, chunk, extent, block) in std::mem::take(&mut self.met) {
+            let slots = &config.chunks[chunk as usize];
+            let in_sync = slots.iter().filter(|slot| slot.state == SlotState::InSync);
+            let uuid = self.nodes[node].uuid;
+            let slot = in_sync.clone().find(|slot| slot.disk == uuid);
+            let (Some(slot), true, Damage::Within) = (slot, in_sync.count() > 1, self.profile.damage) else {
+                continue;
+            };
+            let key = ChunkKey {
+                volume: config.id,
+                layer: config.head,
+                chunk,
+            };
+            let request = Request::Digest {
+                chunk: ChunkRef {
+                    key,
+                    incarnation: slot.incarnation,
+                },
+                region: (usize::from(extent) / EXTENTS_PER_REGION) as u8,
+                verify: true,
+            };
+            self.count("mended blocks");
+            if let Reply::Digest { extents, .. } = self.ask(node, request)?
+                && extents[usize::from(extent) % EXTENTS_PER_REGION].bad >> block & 1 == 1
+            {
+                return Err(format!(
+                    "disk {node} chunk {chunk} extent {extent} block {block}: read, found bad, and never made good"
+                ));
+            }
         }
         Ok(())
     }

@@ -2,8 +2,8 @@
 
 use unibody_control::planner;
 use unibody_control::state::{Applied, Command};
-use unibody_dataplane::config::{Slot, SlotState};
-use unibody_dataplane::ids::PowerId;
+use unibody_dataplane::config::{Change, Slot, SlotState, VolumeConfig};
+use unibody_dataplane::ids::{DiskUuid, PowerId};
 use unibody_dataplane::mirror::{Limits, Mirror, Phase};
 use unibody_dataplane::store::{OpenOptions, Store, layout::Layout};
 
@@ -73,7 +73,7 @@ impl World {
             Ok((store, report)) => {
                 there.store = Some(store);
                 (there.up, there.cut, there.failed, there.batched) = (true, false, false, false);
-                there.tags.clear();
+                (there.tags, there.reads) = Default::default();
                 note!(self, "open {node} {report:?}");
                 self.mark(&[
                     7,
@@ -142,7 +142,7 @@ impl World {
         there.boot += 1;
         there.line += 1;
         (there.cut, there.stuck, there.failed, there.batched) = (false, false, false, false);
-        there.tags.clear();
+        (there.tags, there.reads) = Default::default();
         let uuid = there.uuid;
         if up {
             self.mirror(|mirror, out| mirror.disk_down(uuid, out))?;
@@ -223,7 +223,7 @@ impl World {
             there.line += 1;
             (there.up, there.cut, there.stuck, there.failed, there.batched) =
                 (false, false, false, false, false);
-            there.tags.clear();
+            (there.tags, there.reads) = Default::default();
         }
         self.mirror = None;
         self.attached = false;
@@ -320,6 +320,56 @@ impl World {
         self.nodes.push(fresh);
         if self.mirror.is_some() {
             self.open_disk(self.nodes.len() - 1)?;
+        }
+        Ok(())
+    }
+
+    /// After a promotion: the fate of the disk that was copied from.
+    pub(super) fn betray(&mut self, before: &VolumeConfig, command: &Command) {
+        let Command::Propose { proposal, .. } = command else {
+            return;
+        };
+        let Change::MarkInSync { disk, chunks, .. } = &proposal.change else {
+            return;
+        };
+        let after = self.config();
+        let source = chunks.iter().find_map(|&c| {
+            let slots = &before.chunks[c as usize];
+            let was = slots.iter().find(|slot| slot.disk == *disk)?;
+            let is = after.chunks[c as usize].iter().find(|slot| slot.disk == *disk)?;
+            if (was.state, is.state) != (SlotState::Rebuilding, SlotState::InSync) {
+                return None;
+            }
+            let other = slots
+                .iter()
+                .find(|slot| slot.state == SlotState::InSync && slot.disk != *disk)?;
+            Some(other.disk)
+        });
+        if let Some(disk) = source
+            && self.faulty
+            && self.random.one_in(self.profile.betrayal)
+        {
+            let delay = self.random.below(2_000);
+            self.after(delay, Event::Betrayal { disk, power: false });
+        }
+    }
+
+    pub(super) fn betrayal(&mut self, disk: DiskUuid, power: bool) -> Checked {
+        if !self.faulty {
+            return Ok(());
+        }
+        if power {
+            self.count("power lost");
+            return self.crash(true, false);
+        }
+        let Some(node) = self.node(disk) else {
+            return Ok(());
+        };
+        self.replace(node)?;
+        if self.nodes[node].gone {
+            self.count("disk copied from destroyed");
+            let delay = self.random.below(30_000);
+            self.after(delay, Event::Betrayal { disk, power: true });
         }
         Ok(())
     }

@@ -4,7 +4,7 @@
 //! the mirror and one disk stay in order in both directions; everything else may overtake.
 
 use std::cmp::Reverse;
-use std::collections::{BTreeMap, BinaryHeap};
+use std::collections::{BTreeMap, BTreeSet, BinaryHeap};
 
 use unibody_control::planner;
 use unibody_control::state::{Applied, Command, State};
@@ -13,7 +13,7 @@ use unibody_dataplane::disk::{Completion, Io, IoError};
 use unibody_dataplane::ids::{BootId, DiskUuid, PowerId};
 use unibody_dataplane::memory::Payload;
 use unibody_dataplane::mirror::{self, Mirror, RequestId};
-use unibody_dataplane::replica::{Header, Reply, Request};
+use unibody_dataplane::replica::{Header, Reply, Request, Span};
 use unibody_dataplane::store::{self, FormatOptions, Store, Tag};
 
 use super::disk::{Mishap, VirtualDisk};
@@ -117,6 +117,11 @@ pub(super) enum Event {
         node: usize,
         line: u64,
     },
+    /// A disk that was copied from is destroyed, and then the power goes.
+    Betrayal {
+        disk: DiskUuid,
+        power: bool,
+    },
     /// A clean restart goes on.
     Leave {
         owner: u64,
@@ -143,6 +148,7 @@ pub(super) struct Node {
     /// Replaced.
     pub(super) gone: bool,
     pub(super) tags: BTreeMap<u64, (u64, RequestId)>,
+    pub(super) reads: BTreeMap<u64, Span>,
     pub(super) last_in: u64,
     pub(super) last_out: u64,
     pub(super) batched: bool,
@@ -184,6 +190,8 @@ pub struct World {
     pub(super) victim: usize,
     /// Blocks of it that are weak by now.
     pub(super) weak: u64,
+    /// Bad blocks that the owner met when no fault happened any more: disk, chunk, extent, block.
+    pub(super) met: BTreeSet<(usize, u32, u16, u8)>,
     /// Statistics.
     pub stats: Stats,
 }
@@ -248,6 +256,7 @@ impl World {
             asked: None,
             victim,
             weak: 0,
+            met: BTreeSet::new(),
             stats: Stats::default(),
         }
     }
@@ -280,6 +289,7 @@ impl World {
             stuck: false,
             gone: false,
             tags: BTreeMap::new(),
+            reads: BTreeMap::new(),
             last_in: 0,
             last_out: 0,
             batched: false,
@@ -357,6 +367,11 @@ impl World {
                 self.tag += 1;
                 let tag = self.tag;
                 there.tags.insert(tag, (owner, id));
+                if let Request::Read { span, raw: false, .. } = &request
+                    && !self.faulty
+                {
+                    there.reads.insert(tag, *span);
+                }
                 self.mark(&[1, self.now, node as u64, u64::from(id.0)]);
                 self.store(node, |store, out| store.submit(Tag(tag), header, request, out))
             }
@@ -388,6 +403,7 @@ impl World {
                     name: NAME.into(),
                     proposal,
                 };
+                let before = self.config();
                 let Ok(Applied::Outcome(outcome)) = self.control.apply(&command) else {
                     return Err("a proposal was refused".into());
                 };
@@ -398,6 +414,7 @@ impl World {
                 };
                 note!(self, "decided {kind} {command:?}");
                 self.mark(&[4, self.now, owner, kind]);
+                self.betray(&before, &command);
                 let delay = self.message_delay() * 3;
                 self.after(delay, Event::Decided { owner, outcome });
                 Ok(())
@@ -432,6 +449,7 @@ impl World {
                     Ok(())
                 }
             }
+            Event::Betrayal { disk, power } => self.betrayal(disk, power),
             Event::Leave { owner, patience } => self.go_on_leaving(owner, patience),
         }
     }
@@ -481,6 +499,14 @@ impl World {
                         .tags
                         .remove(&tag.0)
                         .ok_or("a store answered a request twice")?;
+                    if let (Some(span), Reply::Read { bad, lost, .. }) = (there.reads.remove(&tag.0), &reply)
+                    {
+                        let bad = bad & !lost;
+                        let blocks = (0..16).filter(|b| bad >> b & 1 == 1);
+                        let at = |b| (node, span.chunk.key.chunk, span.extent, b);
+                        self.met.extend(blocks.map(at));
+                    }
+                    let there = &mut self.nodes[node];
                     let line = there.line;
                     if owner == u64::MAX {
                         self.asked = Some(reply);
@@ -628,7 +654,7 @@ impl World {
                 mirror::Effect::Done { op, result, released } => self.op_done(op.0, result, released)?,
                 mirror::Effect::Release { op } => self.op_released(op.0)?,
                 mirror::Effect::Propose(proposal) => {
-                    let delay = self.message_delay() * 5;
+                    let delay = self.message_delay() * 5 + self.random.below(self.profile.decision);
                     let owner = self.owner;
                     self.after(delay, Event::Decide { owner, proposal });
                 }
