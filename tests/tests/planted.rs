@@ -7,7 +7,7 @@
 use std::sync::Mutex;
 
 use unibody_dataplane::planted::{self, Bug};
-use unibody_tests::sim;
+use unibody_tests::sim::{self, script};
 
 /// Bugs and the seeds, from zero on, within which each must be found.
 const FOUND: &[(Bug, u64)] = &[
@@ -36,6 +36,38 @@ fn find(bug: Bug, seeds: u64) -> Option<(u64, String)> {
     });
     planted::set(None);
     found
+}
+
+/// Bugs that the exhaustive mode must find within its first draws.
+const EXHAUSTED: &[Bug] = &[Bug::FlushEarly, Bug::SkipReconcile];
+/// How many of them.
+const DRAWS: u64 = 4;
+
+#[test]
+fn a_crash_at_every_device_write_finds_bugs() {
+    let further = std::env::var("UNIBODY_BUG_DRAWS").ok();
+    let draws = further
+        .as_ref()
+        .map_or(DRAWS, |n| n.parse().expect("UNIBODY_BUG_DRAWS is a number"));
+    let all = Bug::MIRROR.iter().chain(Bug::STORE).copied();
+    for bug in all.filter(|bug| further.is_some() || EXHAUSTED.contains(bug)) {
+        planted::set(Some(bug));
+        let found = (0..draws).find_map(|seed| {
+            script::SCRIPTS.iter().find_map(|(name, script)| {
+                let failed = script::exhaust(script, seed).failed;
+                failed.map(|(crash, error)| (seed, name, crash, error))
+            })
+        });
+        planted::set(None);
+        match found {
+            Some((seed, name, crash, error)) => {
+                let error: String = error.chars().take(110).collect();
+                println!("{bug:?}: draw {seed}, {name}, {crash:?}: {error}");
+            }
+            None if further.is_some() => println!("{bug:?}: not found"),
+            None => panic!("{bug:?} was not found within {draws} draws"),
+        }
+    }
 }
 
 #[test]

@@ -168,6 +168,13 @@ impl VirtualDisk {
         self.flying.contains_key(&serial)
     }
 
+    /// Whether the I/O changes the disk, or makes changes durable.
+    pub fn is_change(&self, serial: u64) -> bool {
+        self.flying
+            .get(&serial)
+            .is_some_and(|f| matches!(f.io, Io::Write { .. } | Io::WriteZeroes { .. } | Io::Flush))
+    }
+
     /// Whether the I/O is a flush that will fail and lose what it was to save.
     pub fn forgets(&self, serial: u64) -> bool {
         self.flying

@@ -28,6 +28,11 @@ impl World {
                 break;
             }
         }
+        self.heal_and_judge()
+    }
+
+    /// No more faults, and then the oracle.
+    pub(super) fn heal_and_judge(&mut self) -> Checked {
         self.heal();
         let until = self.now + HEAL_MS * 1000;
         let mut quiet = 0;
@@ -55,7 +60,7 @@ impl World {
         self.profile.disk_bytes < 8 << 20
     }
 
-    fn healed(&self) -> bool {
+    pub(super) fn healed(&self) -> bool {
         let Some(mirror) = &self.mirror else { return false };
         let status = mirror.status();
         let order = status.phase == Phase::Serving && self.guest.ops.is_empty() && status.unavailable == 0;
@@ -70,7 +75,7 @@ impl World {
             .all(|slot| slot.state == SlotState::InSync)
     }
 
-    fn ailing(&self) -> String {
+    pub(super) fn ailing(&self) -> String {
         let ops: Vec<_> = self.guest.ops.iter().map(|(slot, op)| (*slot, op.kind)).collect();
         let disks: Vec<_> = self
             .nodes

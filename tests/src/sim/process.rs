@@ -293,7 +293,7 @@ impl World {
     }
 
     /// A disk is taken away for good and an empty one put in, if every chunk has a copy elsewhere.
-    fn replace(&mut self, node: usize) -> Checked {
+    pub(super) fn replace(&mut self, node: usize) -> Checked {
         let (uuid, serving) = (self.nodes[node].uuid, |world: &Self, disk| {
             world.node(disk).is_some_and(|n| {
                 let there = &world.nodes[n];

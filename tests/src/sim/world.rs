@@ -19,6 +19,7 @@ use unibody_dataplane::store::{self, FormatOptions, Store, Tag};
 use super::disk::{Mishap, VirtualDisk};
 use super::profile::{Damage, Profile};
 use super::random::Random;
+use super::script::Crash;
 use super::work::Guest;
 use crate::checker::Checker;
 
@@ -192,6 +193,9 @@ pub struct World {
     pub(super) weak: u64,
     /// Bad blocks that the owner met when no fault happened any more: disk, chunk, extent, block.
     pub(super) met: BTreeSet<(usize, u32, u16, u8)>,
+    /// I/Os that changed or flushed a disk, and at which of them the run is cut.
+    pub(super) points: u64,
+    pub(super) crash: Option<Crash>,
     /// Statistics.
     pub stats: Stats,
 }
@@ -257,6 +261,8 @@ impl World {
             victim,
             weak: 0,
             met: BTreeSet::new(),
+            points: 0,
+            crash: None,
             stats: Stats::default(),
         }
     }
@@ -593,9 +599,15 @@ impl World {
             self.power_was_lost = true;
         }
         let there = &mut self.nodes[node];
+        let point = there.disk.is_change(serial);
         let completion: Completion = there.disk.complete(serial, &mut self.random);
         note!(self, "io done {node} {serial} {:?}", completion.result);
         self.mark(&[2, self.now, node as u64, serial, u64::from(completion.crcs[0])]);
+        self.points += u64::from(point);
+        if let Some(crash) = self.crash.filter(|crash| point && crash.at == self.points) {
+            // Done, and nobody was told.
+            return self.crash(crash.power, false);
+        }
         self.store(node, |store, out| store.completed(completion, out))
     }
 
