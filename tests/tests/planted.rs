@@ -23,6 +23,14 @@ const FOUND: &[(Bug, u64)] = &[
     (Bug::OldBootIsSame, 60),
     (Bug::SkipDirtyMark, 60),
     (Bug::FreeJournalEarly, 60),
+    (Bug::FlushEarly, 60),
+    (Bug::EdgesWithoutLock, 60),
+    (Bug::PendingPromotionForgotten, 120),
+    (Bug::SoleCopyUnflushed, 120),
+    (Bug::SkipReadRepair, 120),
+    (Bug::PromoteWithoutFlush, 120),
+    (Bug::SkipReconcile, 200),
+    (Bug::AckBeforeCommit, 300),
 ];
 
 /// The first seed that finds the bug, and how.
@@ -39,9 +47,22 @@ fn find(bug: Bug, seeds: u64) -> Option<(u64, String)> {
 }
 
 /// Bugs that the exhaustive mode must find within its first draws.
-const EXHAUSTED: &[Bug] = &[Bug::FlushEarly, Bug::SkipReconcile];
+const EXHAUSTED: &[Bug] = &[
+    Bug::AckAtFirst,
+    Bug::WritesIgnoreConflicts,
+    Bug::SkipReconcile,
+    Bug::RebuildForgetsTrims,
+    Bug::RebuildWithoutLock,
+    Bug::PromoteWithoutFlush,
+    Bug::PromoteWithoutCompare,
+    Bug::FlushEarly,
+    Bug::PendingPromotionForgotten,
+    Bug::AckBeforeJournal,
+    Bug::SkipDirtyMark,
+    Bug::FreeJournalEarly,
+];
 /// How many of them.
-const DRAWS: u64 = 4;
+const DRAWS: u64 = 2;
 
 #[test]
 fn a_crash_at_every_device_write_finds_bugs() {

@@ -20,6 +20,13 @@ impl World {
         self.mark(&[6, self.now, owner]);
         self.leaving = 0;
         for node in 0..self.nodes.len() {
+            if self.faulty && self.random.one_in(self.profile.absent) {
+                self.count("disk away at the start");
+                let boot = self.nodes[node].boot;
+                let delay = self.random.range(1_000, 6_000_000);
+                self.after(delay, Event::Open { node, boot });
+                continue;
+            }
             self.open_disk(node)?;
         }
         let Ok(Applied::Volume(config)) = self.control.apply(&Command::Attach { name: NAME.into() }) else {

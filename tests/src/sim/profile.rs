@@ -43,6 +43,8 @@ pub struct Profile {
     pub decision: u64,
     /// Once in so many promotions the disk that was copied from is destroyed at once, and power lost soon after.
     pub betrayal: u64,
+    /// A disk is away for seconds when the data plane starts, once in so many.
+    pub absent: u64,
     /// Operations of the faulty phase.
     pub ops: u64,
     /// Guest operations at a time.
@@ -137,9 +139,12 @@ impl Profile {
                 disks: r.range(2, 3),
                 mix: (40, 5, 5),
                 decision: r.pick(&[100_000, 3_000_000]),
+                depth: 8,
+                think: 200_000,
                 disconnect: 250,
                 disk_loss: 400,
-                kill: 1_500,
+                kill: 800,
+                absent: 3,
                 ..base
             },
             // Long spells with one copy, and power lost in them.
@@ -195,6 +200,7 @@ impl Profile {
             message: r.pick(&[(1, 5), (5, 100), (1, 2000)]),
             decision: 0,
             betrayal: 0,
+            absent: 0,
             ops: r.range(100, 500),
             depth: r.pick(&[1, 4, 8, 16]),
             think: r.pick(&[10, 1000, 20_000]),
