@@ -14,7 +14,7 @@ const FOUND: &[(Bug, u64)] = &[
     (Bug::AckAtFirst, 300),
     (Bug::SkipSeal, 300),
     (Bug::WritesIgnoreConflicts, 60),
-    (Bug::ReadsIgnoreConflicts, 60),
+    (Bug::ReadsIgnoreConflicts, 300),
     (Bug::RebuildForgetsTrims, 60),
     (Bug::RebuildWithoutLock, 60),
     (Bug::PromoteWithoutCompare, 60),
