@@ -36,8 +36,6 @@ pub enum Bug {
     SkipReadRepair,
     /// Mirror: a flush is answered before all required replicas flushed.
     FlushEarly,
-    /// Mirror: writes go to a rebuilding replica's unclean regions too and count as applied there.
-    WriteUncleanRegion,
     /// Mirror: a replica's new boot is treated as the old one.
     OldBootIsSame,
     /// Mirror: unaligned writes take the edges before older writes of the same block have ended.
@@ -46,8 +44,6 @@ pub enum Bug {
     SoleCopyUnflushed,
     /// Mirror: writes do not go to a replica whose promotion is proposed.
     PendingPromotionForgotten,
-    /// Mirror: reconcile takes the lowest version instead of the highest.
-    ReconcileTakesOldest,
     /// Store: a freed extent is reused before its freeing is durable.
     ReuseEarly,
     /// Store: a write is answered when its data is written, before its record.
@@ -83,12 +79,10 @@ impl Bug {
         Bug::AnswerBadBlock,
         Bug::SkipReadRepair,
         Bug::FlushEarly,
-        Bug::WriteUncleanRegion,
         Bug::OldBootIsSame,
         Bug::EdgesWithoutLock,
         Bug::SoleCopyUnflushed,
         Bug::PendingPromotionForgotten,
-        Bug::ReconcileTakesOldest,
     ];
     /// Those in the store.
     pub const STORE: &'static [Bug] = &[

@@ -107,6 +107,13 @@ impl Checker {
         }
     }
 
+    /// The write of `unit` that began at `begun` is durable by itself.
+    pub fn durable(&mut self, unit: u64, begun: u64) {
+        for v in self.unit(unit) {
+            v.for_good |= v.over() < begun && v.dead < NEVER;
+        }
+    }
+
     /// All replicas lost power: what was not flushed may be gone.
     pub fn power_lost(&mut self, now: u64) {
         for values in self.units.values_mut() {

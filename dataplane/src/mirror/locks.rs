@@ -153,8 +153,9 @@ impl Mirror {
         let held = self.is_held(chunk, region as u8);
         let entry = self.table.slots[i];
         let free = !held
-            && !conflicts(entry.writes, entry.reads, kind, mask)
-            && (entry.wait_head == NIL || !self.conflicts_waiting(entry.wait_head, kind, mask));
+            && (!conflicts(entry.writes, entry.reads, kind, mask)
+                && (entry.wait_head == NIL || !self.conflicts_waiting(entry.wait_head, kind, mask))
+                || planted::on(Bug::EdgesWithoutLock) && self.pieces[p].has_edges());
         if free {
             self.hold_blocks(i, p, mask);
             return;

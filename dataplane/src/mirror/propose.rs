@@ -58,10 +58,6 @@ impl Mirror {
                     chunks.push(c as u32);
                     if wish == Wish::Promote {
                         self.chunks[c].slots[i].pending = true;
-                        if planted::on(Bug::PendingPromotionForgotten) {
-                            let slot = &mut self.chunks[c].slots[i];
-                            (slot.pending, slot.clean, slot.active) = (false, 0, false);
-                        }
                         self.refresh(c as u32);
                     }
                 }
@@ -101,7 +97,7 @@ impl Mirror {
         }
         let disk = &self.disks[usize::from(slot.disk)];
         let trusted = chunk.in_sync & !chunk.lost;
-        let no_space = slot.lost == Lost::NoSpace;
+        let no_space = slot.lost.elsewhere();
         match slot.state {
             SlotState::InSync if slot.lost != Lost::No => {
                 (trusted != 0 && !slot.refused).then_some(Wish::Stale { no_space })
