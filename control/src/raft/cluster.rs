@@ -186,6 +186,8 @@ pub struct Status {
     pub voters: BTreeSet<NodeId>,
     /// Who follows without a vote.
     pub learners: BTreeSet<NodeId>,
+    /// A change of the voters is under way: for as long, most of the former and most of the next voters are needed.
+    pub changing: bool,
     /// Milliseconds since most voters have answered the leader; `None` on others.
     pub quorum_ms: Option<u64>,
     /// Why Raft has stopped here, if it has.

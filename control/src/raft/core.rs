@@ -315,6 +315,7 @@ impl Core {
             snapshot: metrics.snapshot.map_or(0, |log_id| log_id.index),
             voters: membership.voter_ids().collect(),
             learners: membership.learner_ids().collect(),
+            changing: membership.get_joint_config().len() > 1,
             quorum_ms: metrics.millis_since_quorum_ack,
             stopped: metrics.running_state.err().map(|error| error.to_string()),
             handshakes: self.handshakes.now(),
