@@ -23,6 +23,8 @@ mod frame;
 mod keeper;
 mod lease;
 mod machine;
+#[cfg(test)]
+mod machine_tests;
 mod net;
 mod proposals;
 mod store;
@@ -34,7 +36,7 @@ use serde::{Deserialize, Serialize};
 pub use cluster::{Cluster, ClusterError, Options, ProposeError, Start, Status, Timing, View};
 pub use lease::{LEASE, LEASE_MARGIN, Lease};
 pub use machine::{Machine, REMEMBERED, Receipt, Request, RequestId, fuzz_snapshot};
-pub use net::Gate;
+pub use net::{Gate, fuzz_call};
 pub use store::{Identity, StoreError, fuzz_log};
 
 use crate::state::NodeId;
