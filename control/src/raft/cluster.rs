@@ -106,6 +106,9 @@ pub enum ClusterError {
     /// Raft ended or did not start.
     #[error("this node's Raft has stopped: {0}")]
     Raft(String),
+    /// Nobody to ask.
+    #[error("to join, name the address of at least one node of the cluster")]
+    NoSeeds,
     /// The cluster does not want it.
     #[error("the cluster refused this node: {0}")]
     Refused(Refused),
@@ -213,6 +216,7 @@ impl Cluster {
     pub fn start(options: Options, start: &Start) -> Result<Self, ClusterError> {
         let seeds = match start {
             Start::Init => Some(&[][..]),
+            Start::Join(seeds) if seeds.is_empty() => return Err(ClusterError::NoSeeds),
             Start::Join(seeds) => Some(&seeds[..]),
             Start::Resume => None,
         };

@@ -164,11 +164,10 @@ impl Core {
                 }
                 None if was_member => return self.is_refused(ClusterError::Removed),
                 None if self.identity.seeds.is_empty() => {
-                    match self.propose(self.request(), &self.add_me()).await {
-                        Err(ProposeError::Refused(refused)) => {
-                            return self.is_refused(ClusterError::Refused(refused));
-                        }
-                        Err(_) | Ok(_) => {}
+                    if let Err(ProposeError::Refused(refused)) =
+                        self.propose(self.request(), &self.add_me()).await
+                    {
+                        return self.is_refused(ClusterError::Refused(refused));
                     }
                 }
                 // Let in before; the log that says so comes.
@@ -240,30 +239,37 @@ impl Core {
             }
             let Some((_, since)) = leading else { continue };
             let sight = self.sight(since);
-            // A change that fails (leadership lost, another under way) is made in a later round if it is still wanted.
-            match keeper::next(&sight) {
-                None => {}
-                Some(Change::AddLearner(node)) => {
-                    let addresses = self
-                        .view()
-                        .state
-                        .nodes
-                        .get(&node)
-                        .map(|node| node.addresses.clone());
-                    if let Some(addresses) = addresses {
-                        self.raft
-                            .add_learner(node, Contact { addresses }, false)
-                            .await
-                            .ok();
-                    }
+            // A change that fails (leadership lost, another under way) is made in a later round if it is still wanted. One
+            // who does not lead any more may wait for ever for its fate.
+            if let Some(change) = keeper::next(&sight) {
+                let limit = self.options.timing.propose;
+                tokio::time::timeout(limit, self.change(change)).await.ok();
+            }
+        }
+    }
+
+    async fn change(&self, change: Change) {
+        match change {
+            Change::AddLearner(node) => {
+                let addresses = self
+                    .view()
+                    .state
+                    .nodes
+                    .get(&node)
+                    .map(|node| node.addresses.clone());
+                if let Some(addresses) = addresses {
+                    self.raft
+                        .add_learner(node, Contact { addresses }, false)
+                        .await
+                        .ok();
                 }
-                Some(Change::Voters(voters)) => {
-                    self.raft.change_membership(voters, true).await.ok();
-                }
-                Some(Change::Forget(node)) => {
-                    let change = ChangeMembers::RemoveNodes(BTreeSet::from([node]));
-                    self.raft.change_membership(change, false).await.ok();
-                }
+            }
+            Change::Voters(voters) => {
+                self.raft.change_membership(voters, true).await.ok();
+            }
+            Change::Forget(node) => {
+                let change = ChangeMembers::RemoveNodes(BTreeSet::from([node]));
+                self.raft.change_membership(change, false).await.ok();
             }
         }
     }

@@ -253,6 +253,7 @@ impl Core {
     /// As leader: grants a lease to a node, which counts once its state has got to the index returned.
     pub(super) async fn grant(&self, node: NodeId, incarnation: u128) -> Result<u64, ProposeError> {
         let term = self.term_led().ok_or(ProposeError::NotLeader)?;
+        let ticket = self.leases().ticket();
         let index = self.read_here().await?;
         let view = self.applied(index).await?;
         if view.state.nodes.get(&node).map(|node| node.incarnation) != Some(incarnation) {
@@ -261,7 +262,7 @@ impl Core {
             ));
         }
         self.observe();
-        match self.leases().grant(node, term, Instant::now()) {
+        match self.leases().grant(node, term, ticket, Instant::now()) {
             true => Ok(index),
             false => Err(ProposeError::Unavailable(
                 "something is being taken from the node".into(),

@@ -134,6 +134,7 @@ from_redb!(
 );
 
 type Answer<T> = Result<T, Trouble>;
+type KeptSnapshot = (SnapshotMeta<NodeId, Contact>, Vec<u8>);
 type RaftResult<T> = Result<T, StorageError<NodeId>>;
 
 /// The open file.
@@ -288,7 +289,7 @@ impl Store {
         Ok(write.commit()?)
     }
 
-    fn read_snapshot(&self) -> Answer<Option<(SnapshotMeta<NodeId, Contact>, Vec<u8>)>> {
+    fn read_snapshot(&self) -> Answer<Option<KeptSnapshot>> {
         let Some(meta) = self.get("snapshot")? else {
             return Ok(None);
         };
