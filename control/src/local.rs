@@ -130,6 +130,9 @@ impl LocalState {
     ///
     /// # Errors
     /// When a rule forbids it or it can not be written; then nothing was changed.
+    ///
+    /// If the system can not say whether the change is durable, the process ends: whoever went on would act on a state that
+    /// the next start may not find. That start reads what is there, as after a crash.
     pub fn execute(&mut self, command: &Command) -> Result<Applied, ExecuteError> {
         let mut next = self.state.clone();
         let applied = next.apply(command)?;
@@ -186,8 +189,16 @@ fn replace(path: &Path, bytes: &[u8]) -> io::Result<()> {
     let mut file = File::create(&fresh)?;
     file.write_all(bytes)?;
     file.sync_all()?;
+    let directory = File::open(path.parent().unwrap_or(Path::new(".")))?;
     fs::rename(&fresh, path)?;
-    File::open(path.parent().unwrap_or(Path::new(".")))?.sync_all()
+    if let Err(error) = directory.sync_all() {
+        eprintln!(
+            "unibody: whether the node's state in {} is durable is unknown ({error}): the process ends",
+            path.display()
+        );
+        std::process::abort();
+    }
+    Ok(())
 }
 
 #[cfg(test)]

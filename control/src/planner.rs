@@ -189,14 +189,8 @@ pub fn plan_chunks_near(
 }
 
 /// New places for the replicas of a volume on `from` that are not in sync: those refused for want of room if `full`, all
-/// otherwise. `preferred` is taken where the rules allow. Chunks for which there is no place are left out.
-pub fn plan_moves(
-    state: &State,
-    volume: &str,
-    from: DiskUuid,
-    full: bool,
-    preferred: Option<DiskUuid>,
-) -> Vec<(u32, DiskUuid)> {
+/// otherwise. Chunks for which there is no place are left out.
+pub fn plan_moves(state: &State, volume: &str, from: DiskUuid, full: bool) -> Vec<(u32, DiskUuid)> {
     let Some(volume) = state.volumes.get(volume) else {
         return Vec::new();
     };
@@ -218,14 +212,12 @@ pub fn plan_moves(
             .iter()
             .filter_map(|slot| board.disks.iter().position(|disk| disk.uuid == slot.disk.0))
             .collect();
-        let wanted = preferred.and_then(|uuid| board.disks.iter().position(|disk| disk.uuid == uuid));
-        let wanted = wanted.filter(|&disk| !taken.contains(&board.disks[disk].domain));
         // What was full is full still: another disk, even of the same domain.
         let spare = board.disks.iter().position(|disk| disk.uuid == from);
         let spare = spare
             .map(|disk| std::mem::replace(&mut board.disks[disk].chunks, u64::MAX >> 16).min(u64::MAX >> 16));
-        let found = wanted
-            .or_else(|| board.best(&chosen, &taken))
+        let found = board
+            .best(&chosen, &taken)
             .filter(|&disk| board.disks[disk].uuid != from);
         if let (Some(chunks), Some(disk)) = (spare, board.disks.iter().position(|disk| disk.uuid == from)) {
             board.disks[disk].chunks = chunks;

@@ -221,7 +221,7 @@ fn command(state: &State, step: &Step) -> Option<Command> {
                 generation: volume.generation,
                 config: volume.config - u32::from(*old),
                 from: disk(*d),
-                to: planner::plan_moves(state, &name(v), disk(*d), false, None),
+                to: planner::plan_moves(state, &name(v), disk(*d), false),
             }
         }
         Step::Vm(n, memory, volumes) => {

@@ -146,12 +146,29 @@ impl Volume {
 }
 
 impl State {
-    /// Whether a replica found on a disk is of a volume that there is. (One that was moved away while its disk was out stays
-    /// there until its volume is deleted: to drop it would take the volume's own generation.)
-    pub fn has_volume(&self, found: &ChunkRef) -> bool {
-        self.volumes
+    /// Whether a replica found on `disk` has no place there any more (its volume was deleted, or it was moved while the disk
+    /// was away), and then the generation in whose name it is to be dropped.
+    pub fn orphan(&self, disk: DiskUuid, found: &ChunkRef) -> Option<Generation> {
+        let volume = self
+            .volumes
             .values()
-            .any(|volume| volume.id == found.key.volume.0)
+            .find(|volume| volume.id == found.key.volume.0);
+        let Some(volume) = volume else {
+            return Some(Generation::LAST);
+        };
+        let slots = volume.chunks.get(found.key.chunk as usize);
+        let placed = found.key.layer.0 == volume.head
+            && slots
+                .into_iter()
+                .flatten()
+                .any(|slot| slot.disk.0 == disk && slot.incarnation <= found.incarnation);
+        (!placed).then_some(Generation(volume.generation))
+    }
+
+    /// Whether any volume has a replica on the disk.
+    pub fn has_replicas(&self, disk: DiskUuid) -> bool {
+        let mut slots = self.volumes.values().flat_map(|volume| &volume.chunks).flatten();
+        slots.any(|slot| slot.disk.0 == disk)
     }
 
     pub(super) fn create_volume(&mut self, command: &Command) -> Result<Applied, Refused> {

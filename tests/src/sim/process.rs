@@ -333,7 +333,7 @@ impl World {
     pub(super) fn agent(&mut self) -> Checked {
         for node in 0..self.nodes.len() {
             let uuid = self.nodes[node].uuid;
-            let moves = planner::plan_moves(&self.control, NAME, uuid, !self.nodes[node].gone, None);
+            let moves = planner::plan_moves(&self.control, NAME, uuid, !self.nodes[node].gone);
             if moves.is_empty() {
                 continue;
             }
