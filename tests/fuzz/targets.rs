@@ -13,6 +13,9 @@ pub(crate) type Target = fn(&[u8]);
 
 /// All of them, by the name of the program and of the corpus.
 pub(crate) const TARGETS: &[(&str, Target)] = &[
+    ("control_call", unibody_control::raft::fuzz_call),
+    ("control_log", unibody_control::raft::fuzz_log),
+    ("control_snapshot", unibody_control::raft::fuzz_snapshot),
     ("control_state", unibody_control::local::fuzz_state),
     ("descriptor_chain", unibody_dataplane::frontend::fuzz_chain),
     ("disk_image", disk_image),
