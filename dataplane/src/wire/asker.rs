@@ -461,7 +461,7 @@ impl Asker {
     }
 
     fn take_parts(&mut self, out: &mut Vec<Effect>) -> Result<(), FrameError> {
-        while let Some(part) = self.incoming.next()? {
+        while let Some(part) = self.incoming.take()? {
             match part {
                 Part::Head(head, _) => self.head(&head)?,
                 Part::Meta => self.meta(out)?,

@@ -242,7 +242,7 @@ impl Server {
     }
 
     fn take_parts(&mut self, out: &mut Vec<Job>) -> Result<(), FrameError> {
-        while let Some(part) = self.incoming.next()? {
+        while let Some(part) = self.incoming.take()? {
             match part {
                 Part::Head(head, _) => self.head(&head)?,
                 Part::Meta => self.meta()?,
