@@ -518,6 +518,9 @@ pub fn decode_request(head: &Head, meta: &[u8], data: Payload) -> Result<Request
     let layout = head.layout()?;
     assert_eq!(meta.len(), layout.meta, "the caller cuts as the layout says");
     head.check_meta(meta)?;
+    if head.generation > Generation::LAST {
+        return Err(FrameError::Value);
+    }
     let chunk = head.chunk();
     Ok(match head.kind {
         Kind::Seal => Request::Seal,

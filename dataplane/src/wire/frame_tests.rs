@@ -138,7 +138,7 @@ fn reply() -> impl Strategy<Value = (Reply, Span, BlockMask)> {
 proptest! {
     #[test]
     fn requests_come_back_as_they_were(
-        request in request(), generation in any::<u32>(), stable in any::<u64>(), tag in any::<u32>(),
+        request in request(), generation in 0..1u32 << 24, stable in any::<u64>(), tag in any::<u32>(),
         disk in any::<u16>(), turn in any::<u32>(), earlier in 0u32..3,
     ) {
         let header = Header { volume: VOLUME, generation: Generation(generation), stable: Version(stable) };
