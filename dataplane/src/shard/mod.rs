@@ -309,7 +309,7 @@ impl Shard {
         worked |= self.take_ring_events();
         worked |= self.poll_queues();
         worked |= self.poll_disks();
-        worked |= self.links.has_news();
+        worked |= self.links.has_news() || !self.replies.is_empty();
         if worked {
             self.carry();
         }
@@ -406,7 +406,7 @@ impl Shard {
         }
         if self.now >= self.next_connect {
             self.next_connect = self.now + CONNECT.as_millis() as u64;
-            self.connect_all();
+            self.connect_lost();
         }
         self.carry();
         self.publish_queues();
@@ -426,6 +426,7 @@ impl Shard {
     fn may_sleep(&self) -> bool {
         self.outboxes.iter().all(VecDeque::is_empty)
             && self.links.may_sleep()
+            && self.replies.is_empty()
             && !self
                 .served()
                 .any(|served| served.disk.must_poll() || !served.waiting.is_empty())

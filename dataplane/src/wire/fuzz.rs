@@ -2,10 +2,9 @@
 
 use super::LinkCounts;
 use super::asker::{Asker, Effect};
-use super::frame::{
-    HEAD, Head, META_MAX, Notice, Sequence, decode_reply, decode_request, encode_reply, encode_request,
-};
+use super::frame::{HEAD, Head, META_MAX, Sequence};
 use super::handshake::SessionKey;
+use super::message::{Notice, decode_reply, decode_request, encode_reply, encode_request};
 use super::server::{Offer, Server};
 use crate::checksum::crc32c;
 use crate::ids::{BLOCKS_PER_EXTENT, BootId, ChunkKey, DiskUuid, LayerId, PowerId, VolumeId};

@@ -19,8 +19,9 @@ use std::collections::VecDeque;
 use std::mem::ManuallyDrop;
 
 use super::LinkCounts;
-use super::frame::{FrameError, Head, Kind, META_MAX, Notice, decode_request, encode_reply};
+use super::frame::{FrameError, Head, Kind, META_MAX};
 use super::handshake::SessionKey;
+use super::message::{Notice, decode_request, encode_reply};
 use super::stream::{Batch, FRAMES_MAX, Incoming, Part};
 use crate::checksum;
 use crate::ids::{BLOCK, BLOCKS_PER_EXTENT, BlockMask, BootId, DiskUuid, PowerId, mask_runs};
