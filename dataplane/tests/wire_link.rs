@@ -590,3 +590,93 @@ fn damaged_data_ends_the_connection_or_is_a_bad_block() {
     assert_eq!(*bad, 1);
     assert_eq!(world.asker.counts().mismatches, 1);
 }
+
+/// A disk that is given up while its request is being sent: the memory is still being read, so the end of the connection is
+/// waited for.
+#[test]
+fn what_is_being_sent_is_not_let_go() {
+    let mut world = World::new();
+    world.connect();
+    world.carry(1 << 20);
+    world.want(1, 0, 4, 9);
+    let all = bytes(world.asker.gather(&mut world.effects).unwrap());
+    assert!(!world.asker.sent(1_000, &mut world.effects));
+    assert!(
+        world.asker.abandon(1, 1, &mut world.effects),
+        "the connection has to be ended"
+    );
+    assert_eq!(world.effects, []);
+    // As it would be if the rest went out after all.
+    assert!(world.asker.sent(all.len() - 1_000, &mut world.effects));
+    assert_eq!(world.effects, [Effect::Abandoned { group: 1, disk: 1 }]);
+    world.effects.clear();
+    // The same where the connection ends instead.
+    world.want(2, 0, 4, 9);
+    world.asker.gather(&mut world.effects).unwrap();
+    assert!(world.asker.abandon(2, 2, &mut world.effects));
+    assert_eq!(world.effects, []);
+    world.asker.end(&mut world.effects);
+    assert_eq!(world.effects, [Effect::Abandoned { group: 2, disk: 2 }]);
+}
+
+/// Sealing a disk with a hundred thousand chunks of a volume: an answer far longer than any buffer, in pieces.
+#[test]
+fn a_long_sealing_arrives_whole() {
+    use unibody_dataplane::replica::Sealed;
+    let mut world = World::new();
+    world.connect();
+    world.carry(1 << 20);
+    assert!(world.asker.ask(7, 0, 0, HEADER, Request::Seal));
+    world.carry(1 << 20);
+    let (_, job) = world.jobs.pop_front().unwrap();
+    assert_eq!(job.request, Request::Seal);
+    let mut sealed = Sealed {
+        disk: DiskUuid(1),
+        boot: BootId(1),
+        power: PowerId(1),
+        suspect: true,
+        chunks: Vec::new(),
+    };
+    for n in 0..100_000 {
+        let mut chunk = chunk();
+        chunk.key.chunk = n;
+        sealed.chunks.push((chunk, u64::from(n) << 20 | 1));
+    }
+    let reply = Reply::Sealed(Box::new(sealed));
+    world.server.answered(job.slot, reply.clone(), &mut world.ready);
+    let mut all: VecDeque<u8> = bytes(world.server.gather().unwrap()).into();
+    assert!(world.server.sent(all.len()));
+    assert!(all.len() > 2_000_000);
+    while !all.is_empty() {
+        let (ptr, room) = world.asker.room();
+        let now = put(&mut all, ptr, room.min(77_777));
+        world.asker.received(now, &mut world.effects).unwrap();
+    }
+    assert_eq!(world.effects, [Effect::Answer { tag: 7, reply }]);
+    // More than a frame may hold is refused instead.
+    assert!(world.asker.ask(8, 0, 0, HEADER, Request::Seal));
+    world.effects.clear();
+    let all = bytes(world.asker.gather(&mut world.effects).unwrap());
+    world.asker.sent(all.len(), &mut world.effects);
+    let (ptr, room) = world.server.room();
+    let now = put(&mut all.into(), ptr, room);
+    world.server.received(now, &mut world.ready).unwrap();
+    let job = world.ready.pop().unwrap();
+    let chunks = vec![(chunk(), 0); unibody_dataplane::wire::frame::SEALED_MAX + 1];
+    let sealed = Sealed {
+        disk: DiskUuid(1),
+        boot: BootId(1),
+        power: PowerId(1),
+        suspect: false,
+        chunks,
+    };
+    world
+        .server
+        .answered(job.slot, Reply::Sealed(Box::new(sealed)), &mut world.ready);
+    let mut all: VecDeque<u8> = bytes(world.server.gather().unwrap()).into();
+    let (ptr, room) = world.asker.room();
+    let now = put(&mut all, ptr, room);
+    world.asker.received(now, &mut world.effects).unwrap();
+    let reply = Reply::Refused(Status::Invalid);
+    assert_eq!(world.effects, [Effect::Answer { tag: 8, reply }]);
+}
