@@ -31,7 +31,7 @@ use unibody_dataplane::replica::ChunkRef;
 use crate::admin::{Fault, Request, Response, VolumeSpec};
 use crate::local::{ExecuteError, LocalState, OpenError};
 use crate::planner::{self, PlanError};
-use crate::state::{Applied, Command, Disk, Refused, Replica, ReplicaState};
+use crate::state::{Applied, Command, Disk, NodeId, Refused, Replica, ReplicaState};
 
 pub use disks::{DiskError, check_disk, format_disk};
 use disks::{NodeDisk, Opened, Phase};

@@ -97,7 +97,7 @@ impl Node {
         }
         let (uuid, domain) = (old.uuid, old.domain());
         if let Some(uuid) = uuid.filter(|uuid| !self.control.state().disks.contains_key(&Disk(*uuid))) {
-            return Err(Refused::NoDisk(uuid).into());
+            return Err(Refused::NoDisk(Disk(uuid)).into());
         }
         let mut spec: DiskSpec = spec.parse()?;
         spec.domain.get_or_insert(domain);

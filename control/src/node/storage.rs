@@ -71,6 +71,7 @@ impl Node {
         if known.is_none_or(|record| record.domain != domain || record.bytes != bytes) {
             self.control.execute(&Command::AddDisk {
                 disk: up.uuid,
+                node: NodeId::LOCAL,
                 domain,
                 bytes,
             })?;
@@ -206,7 +207,16 @@ impl Node {
             if to.is_empty() {
                 continue;
             }
-            match self.execute_volume(&Command::Move { name, from, to }) {
+            let volume = &self.control.state().volumes[&name];
+            let (generation, config) = (volume.generation, volume.config);
+            let command = Command::Move {
+                name,
+                generation,
+                config,
+                from,
+                to,
+            };
+            match self.execute_volume(&command) {
                 Ok(config) => self.plane.reconfigured(index, config),
                 Err(error) => eprintln!("unibody: {}", chain(&error)),
             }

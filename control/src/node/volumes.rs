@@ -33,8 +33,11 @@ impl Node {
     pub(super) fn attach(&mut self, name: &str) -> Result<(), NodeError> {
         let index = self.volume_number()?;
         let instance = self.instance(name)?;
+        let generation = self.control.state().volumes[name].generation;
         let config = self.execute_volume(&Command::Attach {
             name: name.to_owned(),
+            node: NodeId::LOCAL,
+            generation,
         })?;
         if usize::from(index.0) == self.volumes.len() {
             self.volumes.push(None);
@@ -171,7 +174,7 @@ impl Node {
             .unwrap_or_else(|| planner::default_width(self.control.state()));
         let stripe_unit = spec.stripe_unit.unwrap_or(256 << 10);
         let geometry = unibody_dataplane::geometry::Geometry::new(stripe_unit, stripe_width)
-            .map_err(Refused::Geometry)?;
+            .map_err(|error| Refused::Geometry(error.to_string()))?;
         let chunks = planner::plan_chunks(self.control.state(), geometry.chunks(size), mirror)?;
         let keeps_nothing = |uuid: &DiskUuid| {
             self.disks
