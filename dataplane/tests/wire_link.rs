@@ -680,3 +680,38 @@ fn a_long_sealing_arrives_whole() {
     let reply = Reply::Refused(Status::Invalid);
     assert_eq!(world.effects, [Effect::Answer { tag: 8, reply }]);
 }
+
+/// A disk is opened anew while a request for it is on its way: the new one does not know what the old one had promised, and
+/// gets none of it.
+#[test]
+fn a_disk_opened_anew_gets_nothing_that_was_meant_for_the_old_one() {
+    let mut world = World::new();
+    world.connect();
+    world.carry(1 << 20);
+    world.want(0, 0, 1, 7);
+    let mut all: VecDeque<u8> = bytes(world.asker.gather(&mut world.effects).unwrap()).into();
+    world.asker.sent(all.len(), &mut world.effects);
+    world.server.offer(0, None);
+    world.server.offer(0, Some(offer(0, 2)));
+    let (ptr, room) = world.server.room();
+    let now = put(&mut all, ptr, room);
+    world.server.received(now, &mut world.ready).unwrap();
+    assert!(world.ready.is_empty());
+    assert_eq!(world.server.counts().refused, 1);
+    let all = bytes(world.server.gather().unwrap());
+    let mut all: VecDeque<u8> = all.into();
+    let (ptr, room) = world.asker.room();
+    let now = put(&mut all, ptr, room);
+    world.asker.received(now, &mut world.effects).unwrap();
+    // The news comes first: the old one is down, with its request; what is answered after that is late.
+    let [Effect::Down(uuid), Effect::Up(notice), ..] = &world.effects[..] else {
+        panic!("{:?}", world.effects)
+    };
+    assert_eq!((*uuid, notice.boot), (DiskUuid(1), BootId(2)));
+    let answers = world
+        .effects
+        .iter()
+        .filter(|effect| matches!(effect, Effect::Answer { .. }))
+        .count();
+    assert_eq!((answers, world.asker.counts().late), (0, 1));
+}
