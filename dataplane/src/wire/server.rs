@@ -13,7 +13,7 @@
 //! * Whatever a peer sends: at worst its connection ends, or its request is refused; both are counted.
 //!
 //! Deliberately absent: sockets, knowledge of stores, and any memory of requests once answered: a request sent again is
-//! carried out again, which changes nothing (a replica's obligations, and `tests/wire_replay.rs`).
+//! carried out again, which changes nothing (a replica's obligations, and `dataplane/tests/wire_replay.rs`).
 
 use std::collections::VecDeque;
 use std::mem::ManuallyDrop;
