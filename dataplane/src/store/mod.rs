@@ -73,7 +73,7 @@ use window::Windows;
 
 /// Requests that wait for an operation to become free. Whoever submits keeps fewer than this many unanswered; beyond,
 /// requests are refused as [`Status::Invalid`].
-pub const DOOR_MAX: usize = 4096;
+pub const DOOR_MAX: usize = 65_536;
 
 /// Names a request to whoever submitted it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
