@@ -16,8 +16,8 @@ mod oracle;
 mod process;
 pub mod profile;
 pub mod random;
-mod work;
-mod world;
+pub(crate) mod work;
+pub(crate) mod world;
 
 pub use profile::Profile;
 pub use world::{Stats, World};

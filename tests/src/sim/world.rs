@@ -26,7 +26,7 @@ use crate::checker::Checker;
 pub(super) const NAME: &str = "v";
 
 /// Nothing, or what was violated.
-pub(super) type Checked = Result<(), String>;
+pub(crate) type Checked = Result<(), String>;
 
 /// What a run did and reached.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -193,7 +193,7 @@ macro_rules! note {
         }
     };
 }
-pub(super) use note;
+pub(crate) use note;
 
 impl World {
     /// A world before its first event.
@@ -686,7 +686,7 @@ impl World {
     }
 }
 
-pub(super) fn brief(reply: &Reply) -> String {
+pub(crate) fn brief(reply: &Reply) -> String {
     match reply {
         Reply::Digest { in_doubt, extents } => {
             let some: Vec<_> = extents
@@ -707,7 +707,7 @@ pub(super) fn brief(reply: &Reply) -> String {
     }
 }
 
-fn weight(reply: &Reply) -> u64 {
+pub(crate) fn weight(reply: &Reply) -> u64 {
     match reply {
         Reply::Done => 1,
         Reply::Sealed(sealed) => sealed
@@ -724,7 +724,7 @@ fn weight(reply: &Reply) -> u64 {
     }
 }
 
-pub(super) fn brief_request(request: &Request) -> String {
+pub(crate) fn brief_request(request: &Request) -> String {
     match request {
         Request::Write { span, version, .. } => {
             format!(

@@ -1,0 +1,739 @@
+//! Links: from an owner's node to a replica's node, one connection after the other (`dataplane/src/wire` is the real one).
+//!
+//! The owner's end: requests in order, no more out than there are credits, no disk more than half of them; what is
+//! unanswered when a connection ends is sent again, in order, by the next one, if the peer is the same process still and
+//! tells of the same opening of the disk; otherwise the disk is down, with all that was asked of it.
+//! The replica's end: a request waits until those of earlier connections to the same disk have ended; their answers go nowhere.
+
+use std::collections::{BTreeMap, VecDeque};
+
+use unibody_dataplane::ids::BLOCK;
+use unibody_dataplane::memory::{Arena, Payload};
+use unibody_dataplane::mirror::RequestId;
+use unibody_dataplane::planted::{self, Bug};
+use unibody_dataplane::replica::{Header, Reply, Request, Status};
+
+use super::world::{Cluster, Event, Job};
+use crate::sim::disk::{gather, scatter};
+use crate::sim::world::{Checked, brief, note};
+
+/// A peer that can not be reached for so long is lost, microseconds.
+const AWAY: u64 = 3_000_000;
+
+/// On a connection.
+#[derive(Debug)]
+pub(super) enum Message {
+    Request {
+        place: u32,
+        order: u64,
+        drive: usize,
+        turn: u64,
+        header: Header,
+        request: Request,
+        memory: Option<Arena>,
+    },
+    Answer {
+        place: u32,
+        order: u64,
+        reply: Reply,
+        memory: Option<Arena>,
+    },
+    /// The connection stands: which process this is, and its disks that can be asked.
+    Welcome { life: u64, drives: Vec<(usize, u64)> },
+    /// A disk was opened, or is gone (`None`).
+    Notice { drive: usize, turn: Option<u64> },
+}
+
+impl Message {
+    /// From the replica's node to the owner's.
+    pub(super) fn is_answer(&self) -> bool {
+        !matches!(self, Message::Request { .. })
+    }
+}
+
+#[derive(Debug)]
+struct Asked {
+    order: u64,
+    owner: u64,
+    id: RequestId,
+    drive: usize,
+    turn: u64,
+    header: Header,
+    request: Request,
+    sent: bool,
+    again: bool,
+}
+
+/// Both ends of a link.
+#[derive(Debug, Default)]
+pub(super) struct Link {
+    session: u64,
+    open: bool,
+    /// The peer has told what it has.
+    ready: bool,
+    away_since: u64,
+    /// The peer's process as last heard of.
+    peer: Option<u64>,
+    /// Its disks that can be asked.
+    pub(super) up: BTreeMap<usize, u64>,
+    asked: Vec<Option<Asked>>,
+    waiting: VecDeque<u32>,
+    last_there: u64,
+    last_back: u64,
+    stalled_there: VecDeque<(u64, Message)>,
+    stalled_back: VecDeque<(u64, Message)>,
+    // The replica's end.
+    served: u64,
+    held: VecDeque<(Message, u64)>,
+}
+
+/// The blocks that travel with a request: how much memory it names, and which blocks of it.
+fn travels(request: &Request) -> (Option<Payload>, usize, u16) {
+    match request {
+        Request::Write { span, data, .. } => (
+            Some(*data),
+            usize::from(span.count),
+            ((1u32 << span.count) - 1) as u16,
+        ),
+        Request::Install { write, data, .. } => (Some(*data), 16, *write),
+        Request::Read { span, data, .. } => (Some(*data), usize::from(span.count), 0),
+        _ => (None, 0, 0),
+    }
+}
+
+fn with_memory(request: Request, memory: Payload) -> Request {
+    match request {
+        Request::Write {
+            span, version, crcs, ..
+        } => Request::Write {
+            span,
+            version,
+            crcs,
+            data: memory,
+        },
+        Request::Read { span, raw, .. } => Request::Read {
+            span,
+            raw,
+            data: memory,
+        },
+        Request::Install {
+            chunk,
+            extent,
+            image,
+            write,
+            ..
+        } => Request::Install {
+            chunk,
+            extent,
+            image,
+            write,
+            data: memory,
+        },
+        other => other,
+    }
+}
+
+impl Cluster {
+    fn link(&mut self, from: usize, to: usize) -> &mut Link {
+        self.links
+            .get_mut(&(from, to))
+            .expect("every pair of nodes has its links")
+    }
+
+    /// An owner asks a disk of another node.
+    pub(super) fn send_far(
+        &mut self,
+        owner: u64,
+        (from, to): (usize, usize),
+        drive: usize,
+        id: RequestId,
+        header: Header,
+        request: Request,
+    ) -> Checked {
+        let order = self.fresh();
+        let link = self.link(from, to);
+        let Some(&turn) = link.up.get(&drive) else {
+            return Err("a request to a disk that its link calls down".into());
+        };
+        let asked = Asked {
+            order,
+            owner,
+            id,
+            drive,
+            turn,
+            header,
+            request,
+            sent: false,
+            again: false,
+        };
+        let place = link.asked.iter().position(Option::is_none).unwrap_or_else(|| {
+            link.asked.push(None);
+            link.asked.len() - 1
+        });
+        link.asked[place] = Some(asked);
+        link.waiting.push_back(place as u32);
+        self.gather(from, to);
+        Ok(())
+    }
+
+    /// Sends what credits allow.
+    fn gather(&mut self, from: usize, to: usize) {
+        let credits = self.profile.credits;
+        let mut at = 0;
+        let mut passed_over = Vec::new();
+        loop {
+            let link = self.link(from, to);
+            if !link.ready || at >= link.waiting.len() {
+                return;
+            }
+            let place = link.waiting[at];
+            let Some(asked) = link.asked[place as usize].as_ref() else {
+                link.waiting.remove(at);
+                continue;
+            };
+            let drive = asked.drive;
+            let out = |mine: bool| {
+                let out = link
+                    .asked
+                    .iter()
+                    .flatten()
+                    .filter(|a| a.sent && (!mine || a.drive == drive));
+                out.count()
+            };
+            if out(false) >= credits {
+                self.count("waited for a credit");
+                return;
+            }
+            if out(true) >= (credits / 2).max(1) || passed_over.contains(&drive) {
+                passed_over.push(drive);
+                at += 1;
+                continue;
+            }
+            link.waiting.remove(at);
+            let asked = link.asked[place as usize].as_mut().expect("it was there");
+            let again = asked.again;
+            asked.sent = true;
+            let (order, turn, header, request) = (asked.order, asked.turn, asked.header, asked.request);
+            let (data, pages, mask) = travels(&request);
+            let memory = data.map(|data| {
+                let mut memory = Arena::new(pages).expect("memory for a message");
+                for block in (0..pages).filter(|block| mask >> block & 1 != 0) {
+                    let bytes = gather(data.advance(block * BLOCK), BLOCK);
+                    memory.bytes_mut(block, 1).copy_from_slice(&bytes);
+                }
+                memory
+            });
+            if again {
+                self.count("sent again after a new connection");
+            }
+            note!(
+                self,
+                "far {from}>{to} disk {drive} place {place} {} again={again}",
+                crate::sim::world::brief_request(&request)
+            );
+            self.transmit(
+                from,
+                to,
+                Message::Request {
+                    place,
+                    order,
+                    drive,
+                    turn,
+                    header,
+                    request,
+                    memory,
+                },
+            );
+        }
+    }
+
+    /// Puts a message on the present connection.
+    fn transmit(&mut self, from: usize, to: usize, message: Message) {
+        let delay = self.delay(self.profile.message);
+        let now = self.now;
+        let link = self.link(from, to);
+        let (session, last) = match message.is_answer() {
+            false => (link.session, &mut link.last_there),
+            true => (link.served, &mut link.last_back),
+        };
+        let time = (now + delay).max(*last + 1);
+        *last = time;
+        self.at(
+            time,
+            Event::Wire {
+                from,
+                to,
+                session,
+                message,
+            },
+        );
+    }
+
+    pub(super) fn wire(&mut self, from: usize, to: usize, session: u64, message: Message) -> Checked {
+        let back = message.is_answer();
+        let blocked = if back {
+            self.blocked(to, from)
+        } else {
+            self.blocked(from, to)
+        };
+        let link = self.link(from, to);
+        let stalled = if back {
+            &mut link.stalled_back
+        } else {
+            &mut link.stalled_there
+        };
+        if blocked || !stalled.is_empty() {
+            stalled.push_back((session, message));
+            return Ok(());
+        }
+        self.arrived(from, to, session, message)
+    }
+
+    /// What waited for a partition to end goes on.
+    pub(super) fn unstall(&mut self, from: usize, to: usize) -> Checked {
+        for back in [false, true] {
+            let blocked = if back {
+                self.blocked(to, from)
+            } else {
+                self.blocked(from, to)
+            };
+            if blocked {
+                continue;
+            }
+            let link = self.link(from, to);
+            let stalled = std::mem::take(if back {
+                &mut link.stalled_back
+            } else {
+                &mut link.stalled_there
+            });
+            for (session, message) in stalled {
+                let node = if back { from } else { to };
+                if self.sites[node].paused != 0 {
+                    self.sites[node].backlog.push_back(Event::Wire {
+                        from,
+                        to,
+                        session,
+                        message,
+                    });
+                } else {
+                    self.arrived(from, to, session, message)?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn arrived(&mut self, from: usize, to: usize, session: u64, message: Message) -> Checked {
+        let link = self.link(from, to);
+        if message.is_answer() {
+            if link.session != session {
+                return Ok(());
+            }
+            return match message {
+                Message::Answer {
+                    place,
+                    order,
+                    reply,
+                    memory,
+                } => self.far_answer(from, to, (place, order), reply, memory),
+                Message::Welcome { life, drives } => self.welcome(from, to, life, drives),
+                Message::Notice { drive, turn } => {
+                    let mut now: Vec<(usize, u64)> =
+                        self.link(from, to).up.iter().map(|(&d, &t)| (d, t)).collect();
+                    now.retain(|&(d, _)| d != drive);
+                    now.extend(turn.map(|turn| (drive, turn)));
+                    self.offered(from, to, now)
+                }
+                Message::Request { .. } => Ok(()),
+            };
+        }
+        if link.served != session || !self.sites[to].up {
+            return Ok(());
+        }
+        self.serve(from, to, session, message)
+    }
+
+    /// The replica's end has a whole request.
+    fn serve(&mut self, from: usize, to: usize, session: u64, message: Message) -> Checked {
+        let Message::Request {
+            place,
+            order,
+            drive,
+            turn,
+            header,
+            request,
+            memory,
+        } = message
+        else {
+            return Ok(());
+        };
+        let there = &self.drives[drive];
+        if there.turn != turn || there.store.is_none() {
+            self.count("refused by another opening of the disk");
+            let reply = Reply::Refused(Status::DiskFailed);
+            return self.far_done((from, to), session, (place, order), drive, request, memory, reply);
+        }
+        let old = there.jobs.values().any(|job| {
+            matches!(job, Job::Remote { from: f, to: t, session: s, .. } if (*f, *t) == (from, to) && *s != session)
+        });
+        if old && !planted::on(Bug::ResendBeforeDrain) {
+            self.count("held until the old session was drained");
+            let message = Message::Request {
+                place,
+                order,
+                drive,
+                turn,
+                header,
+                request,
+                memory,
+            };
+            self.link(from, to).held.push_back((message, session));
+            return Ok(());
+        }
+        let request = match &memory {
+            Some(memory) => with_memory(request, memory.payload(0)),
+            None => request,
+        };
+        let job = Job::Remote {
+            from,
+            to,
+            session,
+            place,
+            order,
+            request,
+            memory,
+        };
+        self.ask_store(drive, header, request, job)
+    }
+
+    /// A disk has answered a request that came over a link.
+    #[allow(clippy::too_many_arguments)]
+    pub(super) fn far_done(
+        &mut self,
+        (from, to): (usize, usize),
+        session: u64,
+        (place, order): (u32, u64),
+        drive: usize,
+        request: Request,
+        memory: Option<Arena>,
+        reply: Reply,
+    ) -> Checked {
+        let link = self.link(from, to);
+        if link.served != session {
+            self.count("answer of an old session");
+            if planted::on(Bug::LateAnswer) {
+                self.transmit(
+                    from,
+                    to,
+                    Message::Answer {
+                        place,
+                        order,
+                        reply,
+                        memory,
+                    },
+                );
+            }
+            let held = std::mem::take(&mut self.link(from, to).held);
+            for (message, session) in held {
+                // Those that still have to wait are held again, in order.
+                if self.link(from, to).served == session {
+                    self.serve(from, to, session, message)?;
+                }
+            }
+            return Ok(());
+        }
+        let _ = (drive, request);
+        self.transmit(
+            from,
+            to,
+            Message::Answer {
+                place,
+                order,
+                reply,
+                memory,
+            },
+        );
+        Ok(())
+    }
+
+    fn far_answer(
+        &mut self,
+        from: usize,
+        to: usize,
+        (place, order): (u32, u64),
+        reply: Reply,
+        memory: Option<Arena>,
+    ) -> Checked {
+        let link = self.link(from, to);
+        let fits = link.asked[place as usize]
+            .as_ref()
+            .is_some_and(|asked| asked.order == order && asked.sent);
+        let late = planted::on(Bug::LateAnswer)
+            && link.asked[place as usize]
+                .as_ref()
+                .is_some_and(|asked| asked.sent);
+        if !fits && !late {
+            return Ok(());
+        }
+        let asked = link.asked[place as usize].take().expect("looked at");
+        if let (Request::Read { span, raw, data }, Reply::Read { holes, bad, .. }, Some(memory)) =
+            (&asked.request, &reply, &memory)
+        {
+            let mask = span.mask() & !holes & if *raw { !0 } else { !bad };
+            for block in (0..usize::from(span.count))
+                .filter(|block| mask >> (usize::from(span.first) + block) & 1 != 0)
+            {
+                if block < memory.pages() {
+                    scatter(data.advance(block * BLOCK), memory.bytes(block, 1));
+                }
+            }
+        }
+        note!(self, "far answer {from}<{to} place {place} {}", brief(&reply));
+        self.mark(&[4, self.now, from as u64, to as u64, u64::from(place), order]);
+        self.gather(from, to);
+        self.replied(asked.owner, asked.drive, asked.id, reply)
+    }
+
+    // ---- connections -----------------------------------------------------------------------------------------------
+
+    /// The connection ends, as the owner's end sees it; the other end reads on what has come.
+    pub(super) fn snap(&mut self, from: usize, to: usize) {
+        let session = self.fresh();
+        let now = self.now;
+        let link = self.link(from, to);
+        if link.open {
+            link.away_since = now;
+        }
+        (link.open, link.ready) = (false, false);
+        link.session = session;
+        link.stalled_there.clear();
+        link.stalled_back.clear();
+        let mut again: Vec<u32> = (0..link.asked.len() as u32)
+            .filter(|&p| link.asked[p as usize].is_some())
+            .collect();
+        again.sort_by_key(|&p| link.asked[p as usize].as_ref().map(|asked| asked.order));
+        if planted::on(Bug::ResendOutOfOrder) {
+            again.reverse();
+        }
+        for &place in &again {
+            let asked = link.asked[place as usize].as_mut().expect("filtered");
+            asked.again |= asked.sent;
+            asked.sent = false;
+        }
+        link.waiting = again.into();
+        let delay = self.random.range(500, 200_000);
+        self.after(delay, Event::Connect { from, to, session });
+    }
+
+    pub(super) fn ended(&mut self, from: usize, to: usize, session: u64) {
+        let link = self.link(from, to);
+        if link.session == session && link.open {
+            self.snap(from, to);
+        }
+    }
+
+    pub(super) fn connect(&mut self, from: usize, to: usize, session: u64) -> Checked {
+        if self.link(from, to).session != session || !self.sites[from].up || self.link(from, to).open {
+            return Ok(());
+        }
+        let reached = self.sites[from].paused == 0
+            && self.sites[to].running()
+            && !self.blocked(from, to)
+            && !self.blocked(to, from);
+        if !reached {
+            let delay = self.random.range(50_000, 300_000);
+            self.after(delay, Event::Connect { from, to, session });
+            return Ok(());
+        }
+        let drives = self.drives.iter().enumerate();
+        let drives = drives
+            .filter(|(_, d)| d.node == to && d.store.is_some())
+            .map(|(i, d)| (i, d.turn))
+            .collect();
+        let life = self.sites[to].life;
+        let link = self.link(from, to);
+        link.served = session;
+        link.held.clear();
+        link.open = true;
+        self.transmit(from, to, Message::Welcome { life, drives });
+        Ok(())
+    }
+
+    fn welcome(&mut self, from: usize, to: usize, life: u64, drives: Vec<(usize, u64)>) -> Checked {
+        self.mark(&[5, self.now, from as u64, to as u64, life]);
+        note!(self, "welcome {from}>{to} life {life} {drives:?}");
+        let link = self.link(from, to);
+        if link.peer.is_some_and(|peer| peer != life) {
+            self.count("the peer is another process");
+        }
+        let link = self.link(from, to);
+        (link.peer, link.ready) = (Some(life), true);
+        self.count("connected");
+        self.offered(from, to, drives)
+    }
+
+    /// The peer's disks are these now.
+    fn offered(&mut self, from: usize, to: usize, drives: Vec<(usize, u64)>) -> Checked {
+        let now: BTreeMap<usize, u64> = drives.into_iter().collect();
+        let before = self.link(from, to).up.clone();
+        for (drive, turn) in before {
+            if now.get(&drive) == Some(&turn) {
+                continue;
+            }
+            if let (true, Some(&turn)) = (planted::on(Bug::NewPeerIsOld), now.get(&drive)) {
+                let link = self.link(from, to);
+                link.up.insert(drive, turn);
+                link.asked
+                    .iter_mut()
+                    .flatten()
+                    .filter(|a| a.drive == drive)
+                    .for_each(|a| a.turn = turn);
+                continue;
+            }
+            self.far_down(from, to, drive)?;
+        }
+        for (drive, turn) in now {
+            self.link(from, to).up.insert(drive, turn);
+            if let Some(owner) = self.sites[from].owner {
+                self.disk_up(owner, drive, false)?;
+            }
+        }
+        self.gather(from, to);
+        Ok(())
+    }
+
+    fn far_down(&mut self, from: usize, to: usize, drive: usize) -> Checked {
+        let link = self.link(from, to);
+        link.up.remove(&drive);
+        for asked in &mut link.asked {
+            if asked.as_ref().is_some_and(|asked| asked.drive == drive) {
+                *asked = None;
+            }
+        }
+        match self.sites[from].owner {
+            Some(owner) => self.disk_down(owner, drive),
+            None => Ok(()),
+        }
+    }
+
+    /// Nobody waits any more for what an owner asked of a disk.
+    pub(super) fn abandon_far(&mut self, owner: u64, from: usize, to: usize, drive: usize) -> Checked {
+        self.snap(from, to);
+        for asked in &mut self.link(from, to).asked {
+            if asked
+                .as_ref()
+                .is_some_and(|asked| asked.owner == owner && asked.drive == drive)
+            {
+                *asked = None;
+            }
+        }
+        self.disk_down(owner, drive)
+    }
+
+    /// An owner is no more: nobody waits for its answers.
+    pub(super) fn forget_asked(&mut self, owner: u64, from: usize) {
+        for to in 0..self.sites.len() {
+            let Some(link) = self.links.get_mut(&(from, to)) else {
+                continue;
+            };
+            let out = link
+                .asked
+                .iter()
+                .flatten()
+                .any(|asked| asked.owner == owner && asked.sent);
+            for asked in &mut link.asked {
+                if asked.as_ref().is_some_and(|asked| asked.owner == owner) {
+                    *asked = None;
+                }
+            }
+            if out {
+                self.snap(from, to);
+            }
+        }
+    }
+
+    /// Peers that are away for too long are lost.
+    pub(super) fn look_at_links(&mut self, from: usize) -> Checked {
+        for to in 0..self.sites.len() {
+            let now = self.now;
+            let Some(link) = self.links.get(&(from, to)) else {
+                continue;
+            };
+            if link.open || link.up.is_empty() || now - link.away_since < AWAY {
+                continue;
+            }
+            let up: Vec<usize> = link.up.keys().copied().collect();
+            self.count("a peer was away for too long");
+            for drive in up {
+                self.far_down(from, to, drive)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// A node's process is gone: its ends of all links are.
+    pub(super) fn drop_links(&mut self, node: usize, heard: bool) {
+        for other in 0..self.sites.len() {
+            if other == node {
+                continue;
+            }
+            let session = self.fresh();
+            let link = self.link(node, other);
+            let served = link.served;
+            *link = Link {
+                session,
+                served,
+                last_there: link.last_there,
+                last_back: link.last_back,
+                ..Link::default()
+            };
+            link.held.clear();
+            let link = self.link(other, node);
+            link.served = 0;
+            link.held.clear();
+            let session = link.session;
+            if link.open && heard && !self.blocked(node, other) {
+                let delay = self.delay(self.profile.message);
+                self.after(
+                    delay,
+                    Event::Ended {
+                        from: other,
+                        to: node,
+                        session,
+                    },
+                );
+            }
+        }
+    }
+
+    /// A node's process runs: it connects, and who believed in an old connection hears that it is none.
+    pub(super) fn raise_links(&mut self, node: usize) {
+        for other in 0..self.sites.len() {
+            if other == node {
+                continue;
+            }
+            self.snap(node, other);
+            let session = self.link(other, node).session;
+            let delay = self.random.range(1_000, 300_000);
+            self.after(
+                delay,
+                Event::Ended {
+                    from: other,
+                    to: node,
+                    session,
+                },
+            );
+        }
+    }
+
+    /// The peers hear of a disk that was opened or is gone.
+    pub(super) fn tell_peers(&mut self, drive: usize) {
+        let there = &self.drives[drive];
+        let (node, turn) = (there.node, there.store.is_some().then_some(there.turn));
+        for other in 0..self.sites.len() {
+            if other != node && self.link(other, node).served != 0 {
+                self.transmit(other, node, Message::Notice { drive, turn });
+            }
+        }
+    }
+}
