@@ -82,6 +82,8 @@ pub enum Bug {
     LeaseBeforeApplied,
     /// Agent: a proposal whose outcome is not known is taken to be refused.
     UndecidedIsRefused,
+    /// Agent: the boot of a disk is reported once, whatever is committed later.
+    BootReportedOnce,
     /// Leader: an owner is revoked before its lease has run out.
     RevokeEarly,
     /// Leader: a new one does not wait for leases that others granted.
@@ -135,6 +137,7 @@ impl Bug {
         Bug::LeaseFromAnswer,
         Bug::LeaseBeforeApplied,
         Bug::UndecidedIsRefused,
+        Bug::BootReportedOnce,
         Bug::RevokeEarly,
         Bug::NewLeaderForgetsLeases,
         Bug::GrantWhileRevoking,

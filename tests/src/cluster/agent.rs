@@ -3,7 +3,7 @@
 
 use std::collections::BTreeSet;
 
-use unibody_control::state::{Applied, Command, Disk};
+use unibody_control::state::{Applied, Command, Disk, Replica, ReplicaState};
 use unibody_dataplane::config::Outcome;
 use unibody_dataplane::config::VolumeConfig;
 use unibody_dataplane::mirror::{self, Limits, Mirror, OpId, Phase, RequestId};
@@ -48,6 +48,20 @@ impl Cluster {
             return Ok(());
         };
         let me = self.sites[node].id;
+        for drive in 0..self.drives.len() {
+            let there = &self.drives[drive];
+            let known = self.sites[node].state.disks.get(&Disk(there.uuid));
+            // An older report may have been committed late.
+            let wrong =
+                there.node == node && there.store.is_some() && known.is_some_and(|d| d.boot != there.boot.0);
+            let asked = |ask: &super::consensus::Ask| {
+                ask.purpose == Purpose::Boot(drive) && ask.life == self.sites[node].life
+            };
+            if wrong && !self.raft.asks.values().any(asked) && !planted::on(Bug::BootReportedOnce) {
+                self.count("boot reported again");
+                self.report_boot(drive);
+            }
+        }
         if let Some(id) = self.sites[node].owner {
             let owner = &self.owners[&id];
             let generation = owner.generation;
@@ -384,7 +398,11 @@ impl Cluster {
         };
         let (node, generation) = (owner.node, owner.generation);
         let Some(over) = owner.over else { return Ok(()) };
-        if over == Over::Fenced && self.raft.state.volumes[NAME].generation == generation {
+        let volume = &self.raft.state.volumes[NAME];
+        if over == Over::Fenced
+            && volume.generation == generation
+            && volume.owner == Some(self.sites[node].id)
+        {
             return Err("fenced by nobody".into());
         }
         if over == Over::Failed {
@@ -417,16 +435,7 @@ impl Cluster {
 
     /// An owner says that acknowledged writes may be gone: only true if all in-sync replicas of a chunk lost power.
     fn unflushed_lost(&mut self, when: &str) -> Checked {
-        let volume = &self.raft.state.volumes[NAME];
-        let lost = volume.chunks.iter().any(|slots| {
-            let mut in_sync = slots
-                .iter()
-                .filter(|slot| slot.state == unibody_control::state::ReplicaState::InSync);
-            in_sync.all(|slot| {
-                self.drive(slot.disk.0)
-                    .is_none_or(|d| self.drives[d].power.0 != slot.power)
-            })
-        });
+        let lost = self.raft.forgot || self.forgot();
         if !lost {
             return Err(format!(
                 "acknowledged writes were given up {when}, though an in-sync replica kept its power"
@@ -438,6 +447,22 @@ impl Cluster {
             self.checker.power_lost(self.clock);
         }
         Ok(())
+    }
+
+    /// All in-sync replicas of some chunk have lost power since that was last recorded of them.
+    pub(super) fn forgot(&self) -> bool {
+        let Some(volume) = self.raft.state.volumes.get(NAME) else {
+            return false;
+        };
+        let lost = |slot: &Replica| {
+            let drive = self.drive(slot.disk.0);
+            drive.is_none_or(|d| self.drives[d].power.0 != slot.power)
+        };
+        let in_sync = |slot: &&Replica| slot.state == ReplicaState::InSync;
+        volume
+            .chunks
+            .iter()
+            .any(|slots| slots.iter().filter(in_sync).all(lost))
     }
 
     /// A disk has been silent for too long: nothing it answers counts any more.
@@ -470,8 +495,6 @@ impl Cluster {
             boot: there.boot.0,
         };
         let node = there.node;
-        if self.raft.state.disks.contains_key(&Disk(there.uuid)) {
-            self.ask(node, command, Purpose::Nothing);
-        }
+        self.ask(node, command, Purpose::Boot(drive));
     }
 }

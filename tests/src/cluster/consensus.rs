@@ -34,6 +34,8 @@ pub(super) enum Purpose {
     Owner(u64),
     /// A node wants to be the owner.
     Attach,
+    /// A disk was opened.
+    Boot(usize),
     /// Nobody waits for the answer.
     Nothing,
 }
@@ -72,6 +74,8 @@ pub(super) struct Consensus {
     pub(super) asks: BTreeMap<u64, Ask>,
     /// No quorum before that time.
     pub(super) stalled_until: u64,
+    /// Under the present owner all in-sync replicas of some chunk had lost power.
+    pub(super) forgot: bool,
 }
 
 impl Cluster {
@@ -184,6 +188,7 @@ impl Cluster {
     }
 
     fn commit(&mut self, entry: Entry) -> Checked {
+        self.raft.forgot |= self.forgot();
         let answer = self.raft.state.apply(&entry.command);
         self.raft.log.push(entry.command.clone());
         note!(
@@ -233,6 +238,9 @@ impl Cluster {
 
     /// What must not be, at a commit.
     fn judge(&mut self, command: &Command) -> Checked {
+        if matches!(command, Command::Attach { .. } | Command::Handover { .. }) {
+            self.raft.forgot = false;
+        }
         let Command::Revoke { generation, .. } = command else {
             return Ok(());
         };
@@ -265,7 +273,7 @@ impl Cluster {
         match ask.purpose {
             Purpose::Owner(owner) => self.decided(owner, answer),
             Purpose::Attach => self.attached(ask.node, answer),
-            Purpose::Nothing => Ok(()),
+            Purpose::Boot(_) | Purpose::Nothing => Ok(()),
         }
     }
 

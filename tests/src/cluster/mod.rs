@@ -6,7 +6,8 @@
 //! own belief: what it answers its guest counts like everything else. Phases as in [`crate::sim`]: faults under load, heal,
 //! quiesce, and the oracle.
 //!
-//! * `profile`: what a seed draws. `world`: events and disks. `link`: connections between an owner's node and a replica's.
+//! * `profile`: what a seed draws. `world`: events and nodes. `stores`: disks. `link` and `connect`:
+//!   requests from an owner's node to a replica's, and the connections they take.
 //! * `consensus`: the log, its leader, leases. `agent`: what a node makes of the committed state, and the owner's mirror.
 //! * `work`: guests. `faults`: death and return. `oracle`: what must hold at the end.
 //!
@@ -14,11 +15,13 @@
 //! Deliberately absent: rot and I/O errors (the simulator of one node has them), more than one volume, changes of membership.
 
 mod agent;
+mod connect;
 mod consensus;
 mod faults;
 mod link;
 mod oracle;
 pub mod profile;
+mod stores;
 mod work;
 mod world;
 
