@@ -201,6 +201,8 @@ impl Cluster {
             self.sites[node].owner = None;
         }
         self.forget_asked(id, node);
+        // Disks of its own node may be using its memory still.
+        self.old_mirrors.push(owner.mirror);
         match guest {
             true => self.guest_dies(node),
             false => self.bury_answered(node),

@@ -11,7 +11,7 @@ use unibody_control::planner;
 use unibody_control::state::{Applied, Command, NodeId, Refused, State};
 use unibody_dataplane::ids::{BootId, DiskUuid, PowerId};
 use unibody_dataplane::memory::{Arena, Payload};
-use unibody_dataplane::mirror::RequestId;
+use unibody_dataplane::mirror::{Mirror, RequestId};
 use unibody_dataplane::replica::{Header, Reply, Request};
 use unibody_dataplane::store::{FormatOptions, Store};
 
@@ -234,6 +234,7 @@ pub(super) struct Cluster {
     pub(super) left: u64,
     pub(super) ids: u64,
     pub(super) buried: Vec<Op>,
+    pub(super) old_mirrors: Vec<Mirror>,
     pub(super) checker: Checker,
     /// Faults happen.
     pub(super) faulty: bool,
@@ -271,6 +272,7 @@ impl Cluster {
             left: profile.base.ops,
             ids: 0,
             buried: Vec::new(),
+            old_mirrors: Vec::new(),
             checker: Checker::default(),
             faulty: true,
             hush: false,
