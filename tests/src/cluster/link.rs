@@ -462,13 +462,13 @@ impl Cluster {
         memory: Option<Arena>,
     ) -> Checked {
         let link = self.link(from, to);
-        let fits = link.asked[place as usize]
-            .as_ref()
-            .is_some_and(|asked| asked.order == order && asked.sent);
-        let late = planted::on(Bug::LateAnswer)
-            && link.asked[place as usize]
-                .as_ref()
-                .is_some_and(|asked| asked.sent);
+        let asked = link
+            .asked
+            .get(place as usize)
+            .and_then(Option::as_ref)
+            .filter(|asked| asked.sent);
+        let fits = asked.is_some_and(|asked| asked.order == order);
+        let late = planted::on(Bug::LateAnswer) && asked.is_some();
         if !fits && !late {
             return Ok(());
         }
