@@ -11,7 +11,32 @@ use unibody_dataplane::planted::{self, Bug};
 use unibody_tests::cluster;
 
 /// Bugs and the seeds, from zero on, within which each must be found.
-const FOUND: &[(Bug, u64)] = &[];
+const FOUND: &[(Bug, u64)] = &[
+    (Bug::LateAnswer, 120),
+    (Bug::NewPeerIsOld, 400),
+    (Bug::BootReportedOnce, 400),
+    (Bug::RevokeEarly, 120),
+    (Bug::NewLeaderForgetsLeases, 120),
+    (Bug::GrantWhileRevoking, 120),
+    (Bug::AckBeforeCommit, 120),
+    (Bug::AckAtFirst, 120),
+    (Bug::SkipSeal, 120),
+    (Bug::WritesIgnoreConflicts, 120),
+    (Bug::SkipReconcile, 120),
+    (Bug::RebuildForgetsTrims, 120),
+    (Bug::RebuildWithoutLock, 120),
+    (Bug::ReadsIgnoreConflicts, 400),
+    (Bug::PromoteWithoutCompare, 120),
+    (Bug::ReadFromStale, 120),
+    (Bug::FlushEarly, 400),
+    (Bug::OldBootIsSame, 120),
+    (Bug::PendingPromotionForgotten, 400),
+    (Bug::ReconcileTakesOldest, 120),
+    (Bug::AckBeforeJournal, 120),
+    (Bug::SkipDirtyMark, 120),
+    (Bug::FreeJournalEarly, 120),
+    (Bug::CleanAboveStable, 120),
+];
 
 /// The first seed that finds the bug, and how.
 fn find(bug: Bug, seeds: u64) -> Option<(u64, String)> {
