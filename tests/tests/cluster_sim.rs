@@ -15,10 +15,16 @@ use unibody_tests::sim::Stats;
 const SEEDS: Range<u64> = 0..5_000;
 
 /// Seeds that found a bug once, with what it was.
-const KEPT: &[(u64, &str)] = &[(
-    520,
-    "a replica lost while its promotion was undecided lacked a write that failed meanwhile, and was promoted",
-)];
+const KEPT: &[(u64, &str)] = &[
+    (
+        520,
+        "a replica lost while its promotion was undecided lacked a write that failed meanwhile, and was promoted",
+    ),
+    (
+        1272,
+        "an owner recorded new spans of power and died before it said that power was lost; the next one kept silent",
+    ),
+];
 
 /// Rare branches that the default run must reach.
 const PROBES: &[&str] = &[
