@@ -447,6 +447,7 @@ impl Cluster {
         if self.profile.base.volatile {
             self.clock += 1;
             self.checker.power_lost(self.clock);
+            self.keep_under_way();
         }
         Ok(())
     }

@@ -246,6 +246,20 @@ impl Cluster {
         }
     }
 
+    /// After a loss of power was judged: what guests have under way is not lost, it only waits.
+    pub(super) fn keep_under_way(&mut self) {
+        for op in self
+            .sites
+            .iter()
+            .flat_map(|site| site.ops.values())
+            .filter(|op| !op.answered)
+        {
+            if let Some(id) = op.mark() {
+                (op.first..op.end).for_each(|sector| self.checker.under_way(sector, id, op.begun));
+            }
+        }
+    }
+
     pub(super) fn op_released(&mut self, node: usize, slot: u32) -> Checked {
         let mut op = self.sites[node]
             .ops
