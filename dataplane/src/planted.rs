@@ -60,6 +60,32 @@ pub enum Bug {
     CleanAboveStable,
     /// Store: a write does not wait for a clean mark that is on its way.
     CleanMarkRace,
+    /// Link: what is sent again does not wait until the old session was drained.
+    ResendBeforeDrain,
+    /// Link: an answer of an old session counts for whoever has its place now.
+    LateAnswer,
+    /// Link: what is sent again goes the wrong way round.
+    ResendOutOfOrder,
+    /// Link: another process of the peer is taken for the old one.
+    NewPeerIsOld,
+    /// Agent: an owner takes it that it has a lease.
+    LeaseIgnored,
+    /// Agent: whether there is a lease is looked at now and then, not when a read is answered.
+    LeaseLookedAtLate,
+    /// Agent: a lease counts from its answer, not from when it was asked for.
+    LeaseFromAnswer,
+    /// Agent: a lease counts before what was committed at its grant was applied.
+    LeaseBeforeApplied,
+    /// Agent: a proposal whose outcome is not known is taken to be refused.
+    UndecidedIsRefused,
+    /// Agent: the boot of a disk is reported once, whatever is committed later.
+    BootReportedOnce,
+    /// Leader: an owner is revoked before its lease has run out.
+    RevokeEarly,
+    /// Leader: a new one does not wait for leases that others granted.
+    NewLeaderForgetsLeases,
+    /// Leader: a node gets a lease while it is being revoked.
+    GrantWhileRevoking,
 }
 
 impl Bug {
@@ -93,6 +119,22 @@ impl Bug {
         Bug::IgnoreInDoubt,
         Bug::CleanMarkRace,
         Bug::CleanAboveStable,
+    ];
+    /// Those in the simulator's models of link, agent and leader.
+    pub const CLUSTER: &'static [Bug] = &[
+        Bug::ResendBeforeDrain,
+        Bug::LateAnswer,
+        Bug::ResendOutOfOrder,
+        Bug::NewPeerIsOld,
+        Bug::LeaseIgnored,
+        Bug::LeaseLookedAtLate,
+        Bug::LeaseFromAnswer,
+        Bug::LeaseBeforeApplied,
+        Bug::UndecidedIsRefused,
+        Bug::BootReportedOnce,
+        Bug::RevokeEarly,
+        Bug::NewLeaderForgetsLeases,
+        Bug::GrantWhileRevoking,
     ];
 }
 

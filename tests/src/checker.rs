@@ -131,6 +131,15 @@ impl Checker {
         }
     }
 
+    /// After a loss of power: this write is under way still, its owner came after the loss.
+    pub fn under_way(&mut self, unit: u64, id: u64, begun: u64) {
+        for v in self.unit(unit) {
+            if v.id == id && v.begun == begun {
+                (v.ended, v.dead) = (NEVER, NEVER);
+            }
+        }
+    }
+
     /// A read that began at `begun` returned `id` at `now`.
     ///
     /// # Errors

@@ -110,7 +110,9 @@ impl Mirror {
                 if slot.recorded == BootId::default() && !chunk.ready {
                     return self.all_present(c).then_some(Wish::First);
                 }
-                (chunk.ready && chunk.unsettled == 0 && chunk.in_sync & chunk.lost == 0)
+                // Not before it was said that power was lost: the next owner could not tell any more.
+                let said = self.phase == Phase::Serving;
+                (said && chunk.ready && chunk.unsettled == 0 && chunk.in_sync & chunk.lost == 0)
                     .then_some(Wish::Renew)
             }
             SlotState::InSync => None,

@@ -153,7 +153,10 @@ impl Mirror {
 
     fn may_sync(&self, c: u32) -> bool {
         let chunk = &self.chunks[c as usize];
-        chunk.ready && chunk.in_sync != 0 && chunk.in_sync & chunk.lost == 0 && chunk.pause_until <= self.now
+        // One that may be in sync by now, its promotion undecided, must not miss the comparison either: it would be
+        // trusted later as it is.
+        let required = chunk.in_sync | chunk.pending;
+        chunk.ready && chunk.in_sync != 0 && required & chunk.lost == 0 && chunk.pause_until <= self.now
     }
 
     fn pick(&mut self) -> Option<(u32, u8, bool)> {

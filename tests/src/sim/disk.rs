@@ -74,7 +74,7 @@ pub struct VirtualDisk {
     pub done: u64,
 }
 
-fn gather(data: Payload, len: usize) -> Vec<u8> {
+pub(crate) fn gather(data: Payload, len: usize) -> Vec<u8> {
     let mut bytes = Vec::with_capacity(len);
     // SAFETY: the store keeps the memory of an I/O until its completion, which has not been handed over yet; one thread.
     let missing = unsafe {
@@ -86,7 +86,7 @@ fn gather(data: Payload, len: usize) -> Vec<u8> {
     bytes
 }
 
-fn scatter(data: Payload, bytes: &[u8]) {
+pub(crate) fn scatter(data: Payload, bytes: &[u8]) {
     let mut at = 0;
     // SAFETY: as in `gather`; nobody holds a reference to memory that a device is reading into.
     let missing = unsafe {

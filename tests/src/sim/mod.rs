@@ -17,8 +17,8 @@ mod process;
 pub mod profile;
 pub mod random;
 pub mod script;
-mod work;
-mod world;
+pub(crate) mod work;
+pub(crate) mod world;
 
 pub use profile::Profile;
 pub use world::{Stats, World};

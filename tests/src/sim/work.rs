@@ -18,7 +18,7 @@ use super::random::Random;
 use super::world::{Checked, Event, World, note};
 
 /// Sectors of a block.
-pub(super) const SECTORS: u64 = (BLOCK / SECTOR) as u64;
+pub(crate) const SECTORS: u64 = (BLOCK / SECTOR) as u64;
 
 /// A guest's operation.
 pub(super) struct Op {
@@ -35,7 +35,7 @@ pub(super) struct Op {
 }
 
 /// A guest's slots and what is left to do.
-pub(super) struct Guest {
+pub(crate) struct Guest {
     pub(super) ops: BTreeMap<u32, Op>,
     buried: Vec<Arena>,
     pub(super) left: u64,
@@ -47,7 +47,7 @@ pub(super) struct Guest {
 }
 
 impl Guest {
-    pub(super) fn new(profile: &Profile, size: u64, random: &mut Random) -> Self {
+    pub(crate) fn new(profile: &Profile, size: u64, random: &mut Random) -> Self {
         let blocks = profile.spread * 16;
         let border = |random: &mut Random| {
             (random.below(profile.spread.max(2)) * 16 + random.below(3)).min(blocks - 1)
@@ -64,7 +64,7 @@ impl Guest {
         }
     }
 
-    fn draw(&self, profile: &Profile, random: &mut Random) -> (OpKind, u64, u64) {
+    pub(crate) fn draw(&self, profile: &Profile, random: &mut Random) -> (OpKind, u64, u64) {
         let (reads, flushes, zeros) = profile.mix;
         let dice = random.below(100);
         let kind = match dice {
@@ -100,7 +100,7 @@ impl Guest {
     }
 }
 
-fn stamp(bytes: &mut [u8], id: u64, sector: u64) {
+pub(crate) fn stamp(bytes: &mut [u8], id: u64, sector: u64) {
     bytes.fill(id as u8);
     bytes[..8].copy_from_slice(&id.to_le_bytes());
     bytes[8..16].copy_from_slice(&sector.to_le_bytes());
@@ -111,7 +111,7 @@ fn word(bytes: &[u8], at: usize) -> u64 {
 }
 
 /// The id of the write that a sector's bytes come from.
-fn whose(bytes: &[u8], sector: u64) -> Result<u64, String> {
+pub(crate) fn whose(bytes: &[u8], sector: u64) -> Result<u64, String> {
     let id = word(bytes, 0);
     if bytes.iter().all(|&b| b == 0) {
         return Ok(0);
@@ -129,7 +129,7 @@ fn whose(bytes: &[u8], sector: u64) -> Result<u64, String> {
 }
 
 /// Fills with zeros what a payload names.
-pub(super) fn fill_zeros(data: Payload, len: u32) {
+pub(crate) fn fill_zeros(data: Payload, len: u32) {
     // SAFETY: memory of an operation that has not been released; no device reads into holes.
     let missing = unsafe { data.pieces(len as usize, |ptr, n| ptr.write_bytes(0, n)) };
     assert_eq!(missing, 0, "a hole lies within the read's memory");

@@ -27,7 +27,7 @@ use crate::checker::Checker;
 pub(super) const NAME: &str = "v";
 
 /// Nothing, or what was violated.
-pub(super) type Checked = Result<(), String>;
+pub(crate) type Checked = Result<(), String>;
 
 /// What a run did and reached.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -207,7 +207,7 @@ macro_rules! note {
         }
     };
 }
-pub(super) use note;
+pub(crate) use note;
 
 impl World {
     /// A world before its first event.
@@ -727,7 +727,7 @@ impl World {
     }
 }
 
-pub(super) fn brief(reply: &Reply) -> String {
+pub(crate) fn brief(reply: &Reply) -> String {
     match reply {
         Reply::Digest { in_doubt, extents } => {
             let some: Vec<_> = extents
@@ -748,7 +748,7 @@ pub(super) fn brief(reply: &Reply) -> String {
     }
 }
 
-fn weight(reply: &Reply) -> u64 {
+pub(crate) fn weight(reply: &Reply) -> u64 {
     match reply {
         Reply::Done => 1,
         Reply::Sealed(sealed) => sealed
@@ -765,7 +765,7 @@ fn weight(reply: &Reply) -> u64 {
     }
 }
 
-pub(super) fn brief_request(request: &Request) -> String {
+pub(crate) fn brief_request(request: &Request) -> String {
     match request {
         Request::Write { span, version, .. } => {
             format!(
