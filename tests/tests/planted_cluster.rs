@@ -31,7 +31,6 @@ const FOUND: &[(Bug, u64)] = &[
     (Bug::FlushEarly, 400),
     (Bug::OldBootIsSame, 120),
     (Bug::PendingPromotionForgotten, 400),
-    (Bug::ReconcileTakesOldest, 120),
     (Bug::AckBeforeJournal, 120),
     (Bug::SkipDirtyMark, 120),
     (Bug::FreeJournalEarly, 120),
