@@ -196,6 +196,7 @@ impl Shard {
             routes: Vec::new(),
             inline: false,
             null: false,
+            large: 0,
             removing: None,
         }));
         self.present.push(index);

@@ -183,6 +183,8 @@ struct Volume {
     inline: bool,
     /// Every disk it can use keeps nothing, so that writes need not be copied.
     null: bool,
+    /// Large buffers in use for it.
+    large: u32,
     /// Somebody waits for it to be let go.
     removing: Option<mpsc::Sender<()>>,
 }
@@ -231,6 +233,8 @@ pub(crate) struct Shard {
     ring_events: Vec<reactor::Event>,
 
     started: Instant,
+    /// The bell is not watched: whoever sleeps would not hear it.
+    deaf: bool,
     now: u64,
     next_tick: u64,
     next_connect: u64,
@@ -278,6 +282,7 @@ impl Shard {
             merges: Vec::new(),
             ring_events,
             started: Instant::now(),
+            deaf: false,
             now: 0,
             next_tick: 0,
             next_connect: 0,
@@ -305,6 +310,9 @@ impl Shard {
 
     /// One turn; true if there was anything to do.
     fn turn(&mut self) -> bool {
+        if self.deaf {
+            self.deaf = self.ring.watch(self.waker.fd(), queues::wake_tag()).is_err();
+        }
         let mut worked = self.take_messages();
         worked |= self.take_ring_events();
         worked |= self.poll_queues();
@@ -320,7 +328,7 @@ impl Shard {
                 self.tick();
             }
         }
-        if worked {
+        if worked || self.queues.any_dirty() {
             self.publish_queues();
         }
         self.send_outboxes();
@@ -375,10 +383,11 @@ impl Shard {
                     }
                 }
                 reactor::Kind::Kick => self.kicked(event),
+                reactor::Kind::Call => self.called(event),
                 reactor::Kind::Connection => self.connection_event(event),
                 reactor::Kind::Wake if !event.more => {
                     // The watch ended (the kernel may drop one under pressure): watch again.
-                    self.ring.watch(self.waker.fd(), queues::wake_tag()).ok();
+                    self.deaf = true;
                 }
                 _ => {}
             }
@@ -424,7 +433,9 @@ impl Shard {
 
     /// Nothing is in hand that would not announce itself by the ring or the bell.
     fn may_sleep(&self) -> bool {
-        self.outboxes.iter().all(VecDeque::is_empty)
+        !self.deaf
+            && !self.queues.any_dirty()
+            && self.outboxes.iter().all(VecDeque::is_empty)
             && self.links.may_sleep()
             && self.replies.is_empty()
             && !self
