@@ -244,7 +244,7 @@ impl Mirror {
         self.table.slots[i].reads = reads;
         let region = usize::from(extent) / EXTENTS_PER_REGION;
         if self.chunks[chunk as usize].locked >> region & 1 != 0 {
-            self.region_left(chunk, region as u8);
+            self.tasks_due = true;
         }
         self.wake(chunk, extent);
     }
@@ -350,7 +350,7 @@ impl Mirror {
         }
         let region = usize::from(extent) / EXTENTS_PER_REGION;
         if self.chunks[chunk as usize].locked >> region & 1 != 0 {
-            self.region_left(chunk, region as u8);
+            self.tasks_due = true;
         }
     }
 

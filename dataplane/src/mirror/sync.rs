@@ -119,11 +119,6 @@ impl Mirror {
         }
     }
 
-    /// The last piece in a locked region may have left.
-    pub(super) fn region_left(&mut self, _c: u32, _region: u8) {
-        self.tasks_due = true;
-    }
-
     pub(super) fn sync_idle_work(&self) -> bool {
         self.tasks_due || !self.first.is_empty() || !self.work.is_empty()
     }

@@ -247,7 +247,7 @@ impl Cluster {
         note!(
             self,
             "answer to {id} from disk {drive} {request:?} {}",
-            crate::sim::world::brief(&reply)
+            crate::sim::trace::brief(&reply)
         );
         let read = matches!(reply, Reply::Read { .. });
         if read && !self.believes(id) {

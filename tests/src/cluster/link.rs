@@ -15,7 +15,8 @@ use unibody_dataplane::replica::{Header, Reply, Request, Status};
 
 use super::world::{Cluster, Event, Job};
 use crate::sim::disk::{gather, scatter};
-use crate::sim::world::{Checked, brief, note};
+use crate::sim::trace::brief;
+use crate::sim::world::{Checked, note};
 
 /// On a connection.
 #[derive(Debug)]
@@ -226,7 +227,7 @@ impl Cluster {
             note!(
                 self,
                 "far {from}>{to} disk {drive} place {place} {} again={again}",
-                crate::sim::world::brief_request(&request)
+                crate::sim::trace::brief_request(&request)
             );
             self.transmit(
                 from,

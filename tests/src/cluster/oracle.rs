@@ -7,8 +7,9 @@ use unibody_dataplane::replica::{ChunkRef, ExtentImage, Header, Reply, Request};
 use unibody_dataplane::store::{Verdict, check};
 
 use super::world::{Cluster, Event, Job, NAME};
+use crate::sim::trace::brief;
 use crate::sim::work::SECTORS;
-use crate::sim::world::{Checked, brief};
+use crate::sim::world::Checked;
 
 /// Virtual time within which everything must be in order again.
 const HEAL_MS: u64 = 180_000;

@@ -114,7 +114,7 @@ impl Cluster {
         note!(
             self,
             "local {owner} disk {drive} {id:?} {}",
-            crate::sim::world::brief_request(&request)
+            crate::sim::trace::brief_request(&request)
         );
         self.at(
             time,

@@ -17,6 +17,7 @@ mod process;
 pub mod profile;
 pub mod random;
 pub mod script;
+pub(crate) mod trace;
 pub(crate) mod work;
 pub(crate) mod world;
 

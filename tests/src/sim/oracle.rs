@@ -7,8 +7,9 @@ use unibody_dataplane::replica::{ChunkRef, ExtentImage, Header, Reply, Request};
 use unibody_dataplane::store::{Tag, Verdict, check};
 
 use super::profile::Damage;
+use super::trace::brief;
 use super::work::SECTORS;
-use super::world::{Checked, Event, World, brief};
+use super::world::{Checked, Event, World};
 
 /// Virtual time within which everything must be in order again.
 const HEAL_MS: u64 = 120_000;
