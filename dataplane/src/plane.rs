@@ -94,7 +94,8 @@ pub enum Event {
     /// Half of a generation's versions are used: attach the volume anew soon.
     NewGeneration(VolumeIndex),
     /// A reactor wants a connection to a node ([`Plane::dial`] makes one): its link is new, or has just lost the one it had.
-    /// Comes once for each connection; a control thread that does not succeed tries again by itself.
+    /// Comes once for each connection; a control thread that does not succeed tries again by itself, and waits a little where
+    /// one connection after the other ends.
     Dial {
         /// To which node.
         node: NodeId,

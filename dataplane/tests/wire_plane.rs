@@ -8,6 +8,8 @@ use std::net::TcpStream;
 use std::time::Duration;
 
 use cluster::{Cluster, Node, Relay, local, memory_disk, mix, until};
+use unibody_dataplane::disk::open::OpenDisk;
+use unibody_dataplane::disk::spec::Backend;
 use unibody_dataplane::ids::DiskUuid;
 use unibody_dataplane::mirror::Phase;
 use unibody_dataplane::plane::{DiskIndex, reactor_params};
@@ -307,4 +309,45 @@ fn idle_links_let_reactors_sleep() {
             after.0 - before.0
         );
     }
+}
+
+/// A disk of the peer that stops answering, in the middle of everything, while others go on.
+#[test]
+fn a_silent_far_disk_is_given_up_and_taken_back() {
+    use unibody_dataplane::disk::faulty::{Fault, FaultyDisk, Kinds, Rule};
+    let cluster = Cluster::new(SIZE, &uuids(2));
+    let nodes: Vec<Node> = (1..=2).map(|id| Node::start(id, &cluster, 1)).collect();
+    let (up, service) = memory_disk(1, 1, 7);
+    nodes[0].plane.add_disk(up, service).unwrap();
+    let mut disk = OpenDisk::open(&Backend::Memory(256 << 20)).unwrap();
+    cluster::format(&mut disk, 2);
+    let mut handle = None;
+    let (up, service) = cluster::open(disk, 2, 2, 7, false, |disk| {
+        let (faulty, switch) = FaultyDisk::new(disk);
+        handle = Some(switch);
+        Box::new(faulty)
+    });
+    nodes[1].plane.add_disk(up, service).unwrap();
+    nodes[0].plane.add_node(NodeId(2)).unwrap();
+    let handle = handle.unwrap();
+    let dir = tempfile::tempdir().unwrap();
+    let mut device = nodes[0].serve(&cluster, Vec::new(), dir.path());
+    in_sync(&nodes[0], 2);
+    device.client().run(300, mix(1, BLOCKS), |_| ());
+    handle.add(Rule::always(Kinds::ALL, Fault::Stuck));
+    device.client().run(500, mix(2, BLOCKS), |_| ());
+    assert!(cluster.marked_stale() > 0);
+    let asks = || nodes[0].links().into_iter().find(|link| link.asks).unwrap();
+    assert!(asks().connected);
+    assert!(asks().pending > 0, "the peer still has what it was asked");
+    // It wakes up: what it answers now is too late, and it is made equal again.
+    handle.clear();
+    in_sync(&nodes[0], 2);
+    assert!(asks().counts.late > 0, "{:?}", asks());
+    assert_eq!(asks().counts.bad_frames, 0);
+    device.client().run(300, mix(3, BLOCKS), |_| ());
+    device.client().flush();
+    nodes[0].plane.fail_disk(DiskIndex(1));
+    nodes[0].plane.disk_down(DiskIndex(1));
+    device.client().verify();
 }

@@ -383,7 +383,7 @@ impl Node {
                 );
             }
             Event::Attached { .. } => {}
-            // One node alone has no others.
+            // A node by itself asks for no links.
             Event::Dial { .. } => {}
             Event::NewGeneration(volume) => self.say(
                 volume,

@@ -116,7 +116,8 @@ fn voters(sight: &Sight) -> Option<BTreeSet<NodeId>> {
 }
 
 fn is_heard(sight: &Sight, node: NodeId) -> bool {
-    sight.nodes.get(&node).is_some_and(|seen| seen.heard)
+    // One that is to go is not watched; it counts until it has gone.
+    sight.nodes.get(&node).is_none_or(|seen| seen.heard)
 }
 
 /// Voters in a node's domain, without one of them.

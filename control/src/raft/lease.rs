@@ -32,7 +32,13 @@ pub(super) struct Leases {
     leading: Option<(u64, Instant)>,
     granted: BTreeMap<NodeId, Instant>,
     barred: BTreeSet<NodeId>,
+    /// Counts what was taken, or was about to be.
+    bars: u64,
 }
+
+/// What [`Leases`] knew when the asking node's state was looked at.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Ticket(u64);
 
 impl Leases {
     /// This node leads in `term` at `now`, or does not lead.
@@ -41,15 +47,22 @@ impl Leases {
         if term != known {
             *self = Leases {
                 leading: term.map(|term| (term, now)),
+                bars: self.bars,
                 ..Leases::default()
             };
         }
     }
 
-    /// Grants a lease, unless something is being taken from the node.
-    pub(super) fn grant(&mut self, node: NodeId, term: u64, now: Instant) -> bool {
+    /// To be taken before the leader looks up to where the asking node must have got.
+    pub(super) fn ticket(&self) -> Ticket {
+        Ticket(self.bars)
+    }
+
+    /// Grants a lease, unless something is being taken from the node, or was since the ticket was taken: then the node might
+    /// not know of it.
+    pub(super) fn grant(&mut self, node: NodeId, term: u64, ticket: Ticket, now: Instant) -> bool {
         let leads = self.leading.is_some_and(|(leading, _)| leading == term);
-        if !leads || self.barred.contains(&node) {
+        if !leads || ticket.0 != self.bars || self.barred.contains(&node) {
             return false;
         }
         self.granted.insert(node, now);
@@ -71,6 +84,7 @@ impl Leases {
         match self.left(node, now) {
             Ok(left) if left.is_zero() => {
                 self.barred.insert(node);
+                self.bars += 1;
                 Ok(())
             }
             Ok(left) => Err(Some(left)),
@@ -90,6 +104,11 @@ mod tests {
 
     const N: NodeId = NodeId(1);
 
+    fn grant(leases: &mut Leases, term: u64, now: Instant) -> bool {
+        let ticket = leases.ticket();
+        leases.grant(N, term, ticket, now)
+    }
+
     #[test]
     fn nothing_is_taken_before_the_lease_is_over() {
         let start = Instant::now();
@@ -101,18 +120,26 @@ mod tests {
             leases.bar(N, at(6.9)).is_err(),
             "an earlier leader may have granted one"
         );
-        assert!(leases.grant(N, 3, at(5.0)));
-        assert!(!leases.grant(N, 2, at(5.0)), "confirmed in a term that is over");
+        assert!(grant(&mut leases, 3, at(5.0)));
+        assert!(
+            !grant(&mut leases, 2, at(5.0)),
+            "confirmed in a term that is over"
+        );
         assert!(leases.bar(N, at(11.9)).is_err());
+        let before = leases.ticket();
         assert_eq!(leases.bar(N, at(12.0)), Ok(()));
         assert!(
-            !leases.grant(N, 3, at(12.0)),
+            !grant(&mut leases, 3, at(12.0)),
             "something is being taken from the node"
         );
         leases.leads(Some(3), at(13.0));
-        assert!(!leases.grant(N, 3, at(13.0)), "the same term changes nothing");
+        assert!(!grant(&mut leases, 3, at(13.0)), "the same term changes nothing");
         leases.unbar(N);
-        assert!(leases.grant(N, 3, at(13.0)));
+        assert!(
+            !leases.grant(N, 3, before, at(13.0)),
+            "the node was looked at before something was taken from it"
+        );
+        assert!(grant(&mut leases, 3, at(13.0)));
         leases.leads(None, at(14.0));
         leases.leads(Some(5), at(15.0));
         assert!(

@@ -2,7 +2,8 @@
 //!
 //! `machine` is what is replicated: the control state and the answers given lately. `store` keeps log, vote and snapshots on
 //! disk. `frame` and `net` carry messages between nodes, over connections that `unibody_dataplane::wire::handshake` has
-//! authenticated. `cluster` is what the rest of a node uses: start or join, propose, read, watch. `keeper` is the leader's
+//! authenticated. `cluster` is what the rest of a node uses: start or join, propose, read, watch; behind it `core` runs, `proposals` asks
+//! and `answers` answers. `keeper` is the leader's
 //! upkeep of the membership, `lease` its knowledge of who may still be reading.
 //!
 //! Invariants:
@@ -13,14 +14,19 @@
 //!
 //! Deliberately absent: anything about volumes, disks or VMs (`state` decides, the agent acts), and secrecy on the wire.
 
+mod answers;
 mod cluster;
 #[cfg(test)]
 mod cluster_tests;
+mod core;
 mod frame;
 mod keeper;
 mod lease;
 mod machine;
+#[cfg(test)]
+mod machine_tests;
 mod net;
+mod proposals;
 mod store;
 #[cfg(test)]
 mod store_tests;
@@ -30,7 +36,7 @@ use serde::{Deserialize, Serialize};
 pub use cluster::{Cluster, ClusterError, Options, ProposeError, Start, Status, Timing, View};
 pub use lease::{LEASE, LEASE_MARGIN, Lease};
 pub use machine::{Machine, REMEMBERED, Receipt, Request, RequestId, fuzz_snapshot};
-pub use net::Gate;
+pub use net::{Gate, fuzz_call};
 pub use store::{Identity, StoreError, fuzz_log};
 
 use crate::state::NodeId;

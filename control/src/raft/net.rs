@@ -363,6 +363,20 @@ async fn converse(link: &mut Link<TcpStream>, call: &Call, tail: &[u8]) -> io::R
     Ok(serde_json::from_slice(&reply)?)
 }
 
+/// A call's bytes, as a peer that has proven itself may send them, for fuzzing. Never panics unless a call that can be read
+/// does not survive being written.
+pub fn fuzz_call(bytes: &[u8]) {
+    if let Ok(call) = serde_json::from_slice::<Call>(bytes) {
+        let text = serde_json::to_string(&call).expect("a call can be written");
+        let again: Call = serde_json::from_str(&text).expect("a call that was written can be read");
+        assert_eq!(
+            serde_json::to_string(&again).expect("a call can be written"),
+            text,
+            "a call changed on its way"
+        );
+    }
+}
+
 /// What is done with a call.
 pub(super) trait Serve: Send + Sync + 'static {
     fn serve(&self, from: NodeId, call: Call, tail: Vec<u8>) -> impl Future<Output = Reply> + Send;

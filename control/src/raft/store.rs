@@ -134,6 +134,7 @@ from_redb!(
 );
 
 type Answer<T> = Result<T, Trouble>;
+type KeptSnapshot = (SnapshotMeta<NodeId, Contact>, Vec<u8>);
 type RaftResult<T> = Result<T, StorageError<NodeId>>;
 
 /// The open file.
@@ -233,7 +234,7 @@ impl Store {
         {
             let mut table = write.open_table(LOG)?;
             for entry in entries {
-                table.insert(entry.log_id.index, envelope::seal(ENTRY_MAGIC, entry).as_slice())?;
+                table.insert(entry.log_id.index, encode_entry(entry).as_slice())?;
             }
         }
         Ok(write.commit()?)
@@ -260,7 +261,7 @@ impl Store {
             if bytes > max_bytes && !found.is_empty() {
                 break;
             }
-            found.push(entry(index.value(), value.value())?);
+            found.push(decode_entry(index.value(), value.value())?);
         }
         Ok(found)
     }
@@ -268,7 +269,7 @@ impl Store {
     fn last(&self) -> Answer<Option<LogId<NodeId>>> {
         let table = self.db.begin_read()?.open_table(LOG)?;
         match table.last()? {
-            Some((index, value)) => Ok(Some(entry(index.value(), value.value())?.log_id)),
+            Some((index, value)) => Ok(Some(decode_entry(index.value(), value.value())?.log_id)),
             None => Ok(None),
         }
     }
@@ -288,7 +289,7 @@ impl Store {
         Ok(write.commit()?)
     }
 
-    fn read_snapshot(&self) -> Answer<Option<(SnapshotMeta<NodeId, Contact>, Vec<u8>)>> {
+    fn read_snapshot(&self) -> Answer<Option<KeptSnapshot>> {
         let Some(meta) = self.get("snapshot")? else {
             return Ok(None);
         };
@@ -326,7 +327,13 @@ fn make(db: &Database, identity: &Identity) -> Answer<()> {
     Ok(write.commit()?)
 }
 
-fn entry(index: u64, bytes: &[u8]) -> Answer<Entry<Types>> {
+/// An entry as the log keeps it.
+pub(super) fn encode_entry(entry: &Entry<Types>) -> Vec<u8> {
+    envelope::seal(ENTRY_MAGIC, entry)
+}
+
+/// The entry that the log keeps at `index`.
+pub(super) fn decode_entry(index: u64, bytes: &[u8]) -> Answer<Entry<Types>> {
     let unreadable = |why| Trouble::Unreadable(format!("log entry {index}"), why);
     let entry: Entry<Types> = envelope::open(ENTRY_MAGIC, bytes).map_err(unreadable)?;
     if entry.log_id.index != index {
@@ -344,9 +351,9 @@ pub fn fuzz_log(bytes: &[u8]) {
         .map(|raw| envelope::seal_raw(ENTRY_MAGIC, &raw));
     for bytes in std::iter::once(bytes).chain(sealed.as_deref()) {
         if let Ok(read) = envelope::open::<Entry<Types>>(ENTRY_MAGIC, bytes) {
-            let again = envelope::seal(ENTRY_MAGIC, &read);
+            let again = encode_entry(&read);
             assert!(
-                entry(read.log_id.index, &again).is_ok_and(|again| again == read),
+                decode_entry(read.log_id.index, &again).is_ok_and(|again| again == read),
                 "an entry that can be read can be written"
             );
         }

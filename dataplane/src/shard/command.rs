@@ -109,12 +109,19 @@ impl Shard {
     fn disk_up(&mut self, up: DiskUp) {
         self.disks[usize::from(up.index.0)] = Some(up);
         self.offer_disk(up.index, Some(&up));
-        self.connect_all();
-    }
-
-    pub(super) fn connect_all(&mut self) {
         for position in 0..self.present.len() {
             self.connect(self.present[position]);
+        }
+    }
+
+    /// Looks again for the disks that volumes have no way to.
+    pub(super) fn connect_lost(&mut self) {
+        for position in 0..self.present.len() {
+            let index = self.present[position];
+            let lost = |volume: &Volume| volume.routes.iter().any(Option::is_none);
+            if self.volumes[usize::from(index.0)].as_deref().is_some_and(lost) {
+                self.connect(index);
+            }
         }
     }
 
@@ -189,6 +196,7 @@ impl Shard {
             routes: Vec::new(),
             inline: false,
             null: false,
+            large: 0,
             removing: None,
         }));
         self.present.push(index);

@@ -185,6 +185,8 @@ struct Volume {
     inline: bool,
     /// Every disk it can use keeps nothing, so that writes need not be copied.
     null: bool,
+    /// Large buffers in use for it.
+    large: u32,
     /// Somebody waits for it to be let go.
     removing: Option<mpsc::Sender<()>>,
 }
@@ -236,6 +238,8 @@ pub(crate) struct Shard {
     ring_events: Vec<reactor::Event>,
 
     started: Instant,
+    /// The bell is not watched: whoever sleeps would not hear it.
+    deaf: bool,
     now: u64,
     next_tick: u64,
     next_connect: u64,
@@ -286,6 +290,7 @@ impl Shard {
             merges: Vec::new(),
             ring_events,
             started: Instant::now(),
+            deaf: false,
             now: 0,
             next_tick: 0,
             next_connect: 0,
@@ -313,11 +318,14 @@ impl Shard {
 
     /// One turn; true if there was anything to do.
     fn turn(&mut self) -> bool {
+        if self.deaf {
+            self.deaf = self.ring.watch(self.waker.fd(), queues::wake_tag()).is_err();
+        }
         let mut worked = self.take_messages();
         worked |= self.take_ring_events();
         worked |= self.poll_queues();
         worked |= self.poll_disks();
-        worked |= self.links.has_news();
+        worked |= self.links.has_news() || !self.replies.is_empty();
         if worked {
             self.carry();
         }
@@ -328,7 +336,7 @@ impl Shard {
                 self.tick();
             }
         }
-        if worked {
+        if worked || self.queues.any_dirty() {
             self.publish_queues();
         }
         self.send_outboxes();
@@ -383,10 +391,11 @@ impl Shard {
                     }
                 }
                 reactor::Kind::Kick => self.kicked(event),
+                reactor::Kind::Call => self.called(event),
                 reactor::Kind::Connection => self.connection_event(event),
                 reactor::Kind::Wake if !event.more => {
                     // The watch ended (the kernel may drop one under pressure): watch again.
-                    self.ring.watch(self.waker.fd(), queues::wake_tag()).ok();
+                    self.deaf = true;
                 }
                 _ => {}
             }
@@ -415,7 +424,7 @@ impl Shard {
         }
         if self.now >= self.next_connect {
             self.next_connect = self.now + CONNECT.as_millis() as u64;
-            self.connect_all();
+            self.connect_lost();
         }
         self.carry();
         self.publish_queues();
@@ -433,8 +442,11 @@ impl Shard {
 
     /// Nothing is in hand that would not announce itself by the ring or the bell.
     fn may_sleep(&self) -> bool {
-        self.outboxes.iter().all(VecDeque::is_empty)
+        !self.deaf
+            && !self.queues.any_dirty()
+            && self.outboxes.iter().all(VecDeque::is_empty)
             && self.links.may_sleep()
+            && self.replies.is_empty()
             && !self
                 .served()
                 .any(|served| served.disk.must_poll() || !served.waiting.is_empty())

@@ -49,7 +49,11 @@ impl Shard {
             if !self.ops.waiting_is_empty() {
                 self.retry_waiting();
             }
-            if !moved && self.finished.is_empty() {
+            let quiet = self.finished.is_empty()
+                && self.touched.is_empty()
+                && self.completions.is_empty()
+                && self.replies.is_empty();
+            if !moved && quiet {
                 return;
             }
         }

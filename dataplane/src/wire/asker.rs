@@ -17,8 +17,9 @@
 use std::collections::VecDeque;
 
 use super::LinkCounts;
-use super::frame::{FrameError, Head, Kind, META_MAX, Notice, decode_reply, encode_request};
+use super::frame::{FrameError, Head, Kind, META_MAX};
 use super::handshake::SessionKey;
+use super::message::{Notice, decode_reply, encode_request};
 use super::stream::{Batch, FRAMES_MAX, Incoming, Part};
 use crate::checksum;
 use crate::ids::{BLOCK, BlockMask, DiskUuid, VolumeId};
@@ -461,7 +462,7 @@ impl Asker {
     }
 
     fn take_parts(&mut self, out: &mut Vec<Effect>) -> Result<(), FrameError> {
-        while let Some(part) = self.incoming.next()? {
+        while let Some(part) = self.incoming.take()? {
             match part {
                 Part::Head(head, _) => self.head(&head)?,
                 Part::Meta => self.meta(out)?,

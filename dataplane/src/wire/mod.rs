@@ -2,7 +2,7 @@
 //!
 //! * `handshake`: mutual proof of the cluster's token, before anything else is read
 //!
-//! * `frame`: the bytes of requests and answers
+//! * `frame` and `message`: the bytes of requests and answers
 //! * `stream`: frames gathered into one send, and what came cut into frames
 //! * `asker`: the owner's end of a link: requests out, answers in
 //! * `server`: the replica's end: requests in, answers out
@@ -13,10 +13,12 @@
 //! Formats: `docs/formats/wire.md`.
 
 pub mod asker;
+mod blocking;
 pub mod frame;
 #[doc(hidden)]
 pub mod fuzz;
 pub mod handshake;
+pub mod message;
 pub mod server;
 pub mod socket;
 pub mod stream;

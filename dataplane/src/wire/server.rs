@@ -13,14 +13,15 @@
 //! * Whatever a peer sends: at worst its connection ends, or its request is refused; both are counted.
 //!
 //! Deliberately absent: sockets, knowledge of stores, and any memory of requests once answered: a request sent again is
-//! carried out again, which changes nothing (a replica's obligations, and `tests/wire_replay.rs`).
+//! carried out again, which changes nothing (a replica's obligations, and `dataplane/tests/wire_replay.rs`).
 
 use std::collections::VecDeque;
 use std::mem::ManuallyDrop;
 
 use super::LinkCounts;
-use super::frame::{FrameError, Head, Kind, META_MAX, Notice, decode_request, encode_reply};
+use super::frame::{FrameError, Head, Kind, META_MAX};
 use super::handshake::SessionKey;
+use super::message::{Notice, decode_request, encode_reply};
 use super::stream::{Batch, FRAMES_MAX, Incoming, Part};
 use crate::checksum;
 use crate::ids::{BLOCK, BLOCKS_PER_EXTENT, BlockMask, BootId, DiskUuid, PowerId, mask_runs};
@@ -242,7 +243,7 @@ impl Server {
     }
 
     fn take_parts(&mut self, out: &mut Vec<Job>) -> Result<(), FrameError> {
-        while let Some(part) = self.incoming.next()? {
+        while let Some(part) = self.incoming.take()? {
             match part {
                 Part::Head(head, _) => self.head(&head)?,
                 Part::Meta => self.meta()?,

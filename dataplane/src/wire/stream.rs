@@ -267,7 +267,7 @@ impl Incoming {
     ///
     /// # Errors
     /// What came is no frame that may come: the connection is of no use any more.
-    pub fn next(&mut self) -> Result<Option<Part>, FrameError> {
+    pub fn take(&mut self) -> Result<Option<Part>, FrameError> {
         self.from += std::mem::take(&mut self.part);
         match self.state {
             Await::Head => {

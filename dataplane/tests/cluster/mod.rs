@@ -237,8 +237,13 @@ impl Node {
             .expect("the volume is owned")
     }
 
-    /// Owns the volume as long as the returned device lives.
+    /// Owns the volume as long as the returned device lives; its client polls.
     pub(crate) fn serve(&self, cluster: &Cluster, disks: Vec<DiskUp>, dir: &Path) -> Device {
+        self.serve_to(cluster, disks, dir, true)
+    }
+
+    /// The same; a client that does not poll sleeps until it is called.
+    pub(crate) fn serve_to(&self, cluster: &Cluster, disks: Vec<DiskUp>, dir: &Path, polls: bool) -> Device {
         let config = cluster.config.lock().unwrap().clone();
         let size = config.size;
         self.plane.add_volume(VolumeIndex(0), config, disks);
@@ -254,7 +259,7 @@ impl Node {
         let sessions = Arc::new(Sessions(Arc::clone(&self.plane)));
         let export = Export::new(DeviceId(0), device, &path, sessions).unwrap();
         Device {
-            client: Some(Client::connect(&path, size)),
+            client: Some(Client::connect(&path, size, polls)),
             export: Some(export),
             plane: Arc::clone(&self.plane),
         }
@@ -347,6 +352,8 @@ impl Drop for Device {
 /// A guest: what it wrote it knows.
 pub(crate) struct Client {
     queue: Blkioq,
+    /// Completions to sleep for.
+    wait: usize,
     memory: MemoryRegion,
     _blkio: Blkio,
     /// For each block of 4 KiB the stamp last written; zero: never.
@@ -360,17 +367,22 @@ pub(crate) const DEPTH: usize = 32;
 pub(crate) const LONGEST: usize = 256 << 10;
 
 impl Client {
-    fn connect(path: &Path, size: u64) -> Self {
+    fn connect(path: &Path, size: u64, polls: bool) -> Self {
         let mut blkio = Blkio::new("virtio-blk-vhost-user").unwrap();
         blkio.set_str("path", path.to_str().unwrap()).unwrap();
         blkio.connect().unwrap();
-        blkio.set_i32("num-queues", 0).unwrap();
-        blkio.set_i32("num-poll-queues", 1).unwrap();
+        blkio.set_i32("num-queues", i32::from(!polls)).unwrap();
+        blkio.set_i32("num-poll-queues", i32::from(polls)).unwrap();
         let mut started = blkio.start().unwrap();
         let memory = blkio.alloc_mem_region(DEPTH * LONGEST).unwrap();
         blkio.map_mem_region(&memory).unwrap();
         Client {
-            queue: started.poll_queues.remove(0),
+            queue: if polls {
+                started.poll_queues.remove(0)
+            } else {
+                started.queues.remove(0)
+            },
+            wait: usize::from(!polls),
             memory,
             _blkio: blkio,
             stamps: vec![0; (size / 4096) as usize],
@@ -415,9 +427,20 @@ impl Client {
         &mut self,
         count: usize,
         choose: impl Fn(usize) -> (bool, usize, usize),
+        between: impl FnMut(usize),
+    ) {
+        self.run_at(DEPTH, count, choose, between);
+    }
+
+    /// The same at a smaller depth.
+    pub(crate) fn run_at(
+        &mut self,
+        depth: usize,
+        count: usize,
+        choose: impl Fn(usize) -> (bool, usize, usize),
         mut between: impl FnMut(usize),
     ) {
-        let mut tags: Vec<usize> = (0..DEPTH).collect();
+        let mut tags: Vec<usize> = (0..depth).collect();
         let mut under_way: Vec<Option<(bool, usize, Vec<u32>)>> = vec![None; DEPTH];
         let (mut begun, mut ended) = (0, 0);
         let started = Instant::now();
@@ -454,7 +477,7 @@ impl Client {
                 begun += 1;
             }
             let mut room = [const { MaybeUninit::<Completion>::uninit() }; DEPTH];
-            let got = self.queue.do_io(&mut room, 0, None, None).unwrap();
+            let got = self.queue.do_io(&mut room, self.wait, None, None).unwrap();
             for slot in &room[..got] {
                 // SAFETY: `do_io` filled that many.
                 let completion = unsafe { slot.assume_init_ref() };
