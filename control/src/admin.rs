@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
 
 /// Longest line either side accepts, bytes.
 pub const LINE_MAX: u64 = 64 << 20;
@@ -43,7 +44,7 @@ pub struct VolumeSpec {
 }
 
 /// A fault to switch on in front of a disk (for drills and tests).
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "kebab-case", deny_unknown_fields)]
 pub enum Fault {
     /// No fault.
@@ -114,7 +115,7 @@ pub enum Request {
 }
 
 /// State of a disk for people and scripts.
-#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct DiskStatus {
     /// Name: the path, or `mem0`, `null0`, ...
     pub name: String,
@@ -144,7 +145,7 @@ pub struct DiskStatus {
 }
 
 /// State of a volume for people and scripts.
-#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct VolumeStatus {
     /// Name.
     pub name: String,
@@ -158,6 +159,7 @@ pub struct VolumeStatus {
     pub stripe_width: u32,
     /// Where it is served.
     #[serde(default)]
+    #[schema(value_type = Option<String>)]
     pub socket: Option<PathBuf>,
     /// `healthy`, `degraded`, `healing`, `unavailable` or `offline`.
     pub state: String,
@@ -176,7 +178,7 @@ pub struct VolumeStatus {
 }
 
 /// State of a reactor for people and scripts.
-#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct ReactorStatus {
     /// The core it is pinned to.
     pub core: usize,
@@ -185,7 +187,7 @@ pub struct ReactorStatus {
 }
 
 /// State of a node.
-#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct NodeStatus {
     /// Its disks.
     pub disks: Vec<DiskStatus>,
@@ -193,6 +195,9 @@ pub struct NodeStatus {
     pub volumes: Vec<VolumeStatus>,
     /// Its reactors.
     pub reactors: Vec<ReactorStatus>,
+    /// VMs of the cluster that run on it.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub vms: Vec<String>,
 }
 
 /// What comes back.

@@ -4,6 +4,7 @@
 //! program says, `node` is the agent.
 
 pub mod admin;
+pub mod api;
 pub mod cluster;
 mod envelope;
 pub mod local;

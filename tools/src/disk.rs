@@ -4,13 +4,14 @@ use std::io::IsTerminal;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use clap::Subcommand;
 use unibody_control::admin::{Fault, Request, call};
+use unibody_control::cluster::LocalRequest;
 use unibody_dataplane::store::Verdict;
 
-use crate::NodeArgs;
 use crate::output::{self, parse_size};
+use crate::target::{NodeArgs, Target, segment};
 
 #[derive(Subcommand)]
 pub(crate) enum DiskCommand {
@@ -48,6 +49,9 @@ pub(crate) enum DiskCommand {
     Add {
         /// A formatted file or block device (`./d2.img`, `/dev/sdb,domain=b`) or `mem:2G`.
         spec: String,
+        /// In a cluster: its node [default: the one that is asked].
+        #[arg(long, value_name = "NODE")]
+        on: Option<String>,
         #[command(flatten)]
         node: NodeArgs,
     },
@@ -55,6 +59,9 @@ pub(crate) enum DiskCommand {
     Fail {
         /// Its name in `disk list`.
         disk: String,
+        /// In a cluster: its node [default: the one that is asked].
+        #[arg(long, value_name = "NODE")]
+        on: Option<String>,
         #[command(flatten)]
         node: NodeArgs,
     },
@@ -62,6 +69,9 @@ pub(crate) enum DiskCommand {
     Return {
         /// Its name in `disk list`.
         disk: String,
+        /// In a cluster: its node [default: the one that is asked].
+        #[arg(long, value_name = "NODE")]
+        on: Option<String>,
         #[command(flatten)]
         node: NodeArgs,
     },
@@ -74,6 +84,13 @@ pub(crate) enum DiskCommand {
         #[command(flatten)]
         node: NodeArgs,
     },
+    /// Take a disk out of a cluster for good: what is on it moves to others, then it is forgotten.
+    Remove {
+        /// Its identity in `disk list`.
+        disk: String,
+        #[command(flatten)]
+        node: NodeArgs,
+    },
     /// Make a disk misbehave, for drills: none, read-errors, write-errors, flush-errors, rot, stuck or delay=MS.
     Fault {
         /// Its name in `disk list`.
@@ -81,6 +98,9 @@ pub(crate) enum DiskCommand {
         /// The fault.
         #[arg(value_parser = parse_fault)]
         fault: Fault,
+        /// In a cluster: its node [default: the one that is asked].
+        #[arg(long, value_name = "NODE")]
+        on: Option<String>,
         #[command(flatten)]
         node: NodeArgs,
     },
@@ -120,17 +140,46 @@ pub(crate) fn run(command: DiskCommand) -> Result<ExitCode> {
         }
         DiskCommand::Check { path, json } => return check(&path, json),
         DiskCommand::List { node, json } => output::disks(&node, json)?,
-        DiskCommand::Add { spec, node } => drop(call(&node.control, &Request::DiskAdd { spec })?),
-        DiskCommand::Fail { disk, node } => drop(call(&node.control, &Request::DiskFail { disk })?),
-        DiskCommand::Return { disk, node } => drop(call(&node.control, &Request::DiskReturn { disk })?),
-        DiskCommand::Replace { disk, spec, node } => {
-            drop(call(&node.control, &Request::DiskReplace { disk, spec })?);
+        DiskCommand::Add { spec, on, node } => {
+            let far = LocalRequest::DiskAdd {
+                spec: crate::node::whole(&spec)?,
+            };
+            either(&node, on, Request::DiskAdd { spec }, far)?;
         }
-        DiskCommand::Fault { disk, fault, node } => {
-            drop(call(&node.control, &Request::DiskFault { disk, fault })?)
+        DiskCommand::Fail { disk, on, node } => {
+            let far = LocalRequest::DiskFail { disk: disk.clone() };
+            either(&node, on, Request::DiskFail { disk }, far)?;
+        }
+        DiskCommand::Return { disk, on, node } => {
+            let far = LocalRequest::DiskReturn { disk: disk.clone() };
+            either(&node, on, Request::DiskReturn { disk }, far)?;
+        }
+        DiskCommand::Replace { disk, spec, node } => match node.target()? {
+            Target::Alone(control) => drop(call(&control, &Request::DiskReplace { disk, spec })?),
+            Target::Cluster(_) => bail!("in a cluster: `disk add` another one, then `disk remove` this one"),
+        },
+        DiskCommand::Remove { disk, node } => {
+            node.cluster()?.delete(&format!("/v1/disks/{}", segment(&disk)))?;
+        }
+        DiskCommand::Fault { disk, fault, on, node } => {
+            let far = LocalRequest::DiskFault {
+                disk: disk.clone(),
+                fault: fault.clone(),
+            };
+            either(&node, on, Request::DiskFault { disk, fault }, far)?;
         }
     }
     Ok(ExitCode::SUCCESS)
+}
+
+/// Asks a node by itself, or a certain one of a cluster.
+fn either(node: &NodeArgs, on: Option<String>, alone: Request, far: LocalRequest) -> Result<()> {
+    match node.target()? {
+        Target::Alone(_) if on.is_some() => bail!("--on names a node of a cluster: this is a node by itself"),
+        Target::Alone(control) => drop(call(&control, &alone)?),
+        Target::Cluster(client) => drop(client.command(on.as_deref(), &far)?),
+    }
+    Ok(())
 }
 
 fn check(path: &std::path::Path, json: bool) -> Result<ExitCode> {

@@ -3,12 +3,14 @@
 mod bench;
 mod demo;
 mod disk;
+mod host;
+mod node;
 mod output;
 mod serve;
+mod target;
 mod vm;
 mod volume;
 
-use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::{Args, Parser, Subcommand};
@@ -25,7 +27,10 @@ struct Cli {
 enum Command {
     /// Run this node's data plane in the foreground.
     Serve(serve::ServeArgs),
-    /// Show the node: disks, volumes, redundancy, what is being healed.
+    /// Found or join a cluster, run a node of it, and list, drain and remove nodes.
+    #[command(subcommand)]
+    Node(node::NodeCommand),
+    /// Show nodes, disks, volumes, VMs, redundancy, what is being healed and when it will be done.
     Status(StatusArgs),
     /// Format, check, list, add, fail, return and replace disks.
     #[command(subcommand)]
@@ -34,8 +39,7 @@ enum Command {
     #[command(subcommand)]
     Volume(volume::VolumeCommand),
     /// Start, stop, watch and swap virtual machines.
-    #[command(subcommand)]
-    Vm(vm::VmCommand),
+    Vm(vm::VmArgs),
     /// Put load on volumes and measure, or write and verify their contents.
     Bench(bench::BenchArgs),
     /// Show all of it on this machine: disks, a volume, load, a failure, healing, verification.
@@ -45,32 +49,20 @@ enum Command {
 #[derive(Args)]
 struct StatusArgs {
     #[command(flatten)]
-    node: NodeArgs,
+    node: target::NodeArgs,
     /// Print JSON.
     #[arg(long)]
     json: bool,
 }
 
-/// Which node to talk to.
-#[derive(Args, Clone)]
-pub(crate) struct NodeArgs {
-    /// The node's control socket.
-    #[arg(
-        long,
-        value_name = "SOCKET",
-        env = "UNIBODY_CONTROL",
-        default_value = "./state/control.sock"
-    )]
-    control: PathBuf,
-}
-
 fn main() -> ExitCode {
     let result = match Cli::parse().command {
         Command::Serve(args) => serve::run(args).map(|()| ExitCode::SUCCESS),
+        Command::Node(command) => node::run(command).map(|()| ExitCode::SUCCESS),
         Command::Status(args) => output::status(&args.node, args.json).map(|()| ExitCode::SUCCESS),
         Command::Disk(command) => disk::run(command),
         Command::Volume(command) => volume::run(command).map(|()| ExitCode::SUCCESS),
-        Command::Vm(command) => vm::run(command).map(|()| ExitCode::SUCCESS),
+        Command::Vm(args) => vm::run(args).map(|()| ExitCode::SUCCESS),
         Command::Bench(args) => bench::run(args).map(|()| ExitCode::SUCCESS),
         Command::Demo(args) => demo::run(args).map(|()| ExitCode::SUCCESS),
     };

@@ -1,9 +1,16 @@
 //! What the program prints: sizes, tables, status screens; and the sizes it reads.
 
+use std::path::Path;
+use std::time::{Duration, Instant};
+
 use anyhow::{Context, Result};
 use unibody_control::admin::{DiskStatus, NodeStatus, Request, VolumeStatus, call};
+use unibody_control::api::types::{ClusterStatus, NodeSummary, VmSummary};
 
-use crate::NodeArgs;
+use crate::target::{Client, NodeArgs, Target};
+
+/// Between the two looks from which the end of healing is estimated.
+const WATCH: Duration = Duration::from_secs(1);
 
 /// Bytes as people write them: `4096`, `64K`, `10G`.
 pub(crate) fn parse_size(text: &str) -> Result<u64, String> {
@@ -49,9 +56,9 @@ fn table(headings: &[&str], rows: &[Vec<String>]) {
     }
 }
 
-/// The state of the node at the socket.
-pub(crate) fn fetch(node: &NodeArgs) -> Result<NodeStatus> {
-    let value = call(&node.control, &Request::Status)?;
+/// What a node by itself says.
+pub(crate) fn fetch(control: &Path) -> Result<NodeStatus> {
+    let value = call(control, &Request::Status)?;
     serde_json::from_value(value).context("the node's status is of another version than this program")
 }
 
@@ -62,94 +69,258 @@ fn json<T: serde::Serialize>(value: &T) -> Result<()> {
 
 /// `unibody status`.
 pub(crate) fn status(node: &NodeArgs, as_json: bool) -> Result<()> {
-    let status = fetch(node)?;
-    if as_json {
-        return json(&status);
+    match node.target()? {
+        Target::Alone(control) => {
+            let status = fetch(&control)?;
+            if as_json {
+                return json(&status);
+            }
+            print_volumes(&status.volumes);
+            println!();
+            print_disks(&status.disks);
+        }
+        Target::Cluster(client) => {
+            let status = client.status()?;
+            if as_json {
+                return json(&status);
+            }
+            print_cluster(&client, &status)?;
+        }
     }
-    print_volumes(&status.volumes);
-    println!();
-    print_disks(&status.disks);
     Ok(())
+}
+
+fn print_cluster(client: &Client, status: &ClusterStatus) -> Result<()> {
+    if !status.confirmed {
+        println!("No majority of the nodes answers: this is what {} knew last.\n", status.node);
+    }
+    print_nodes(&status.nodes);
+    println!();
+    print_disks_of(status);
+    println!();
+    print_volumes_of(status);
+    if !status.vms.is_empty() {
+        println!();
+        print_vms(&status.vms);
+    }
+    let regions = |status: &ClusterStatus| -> u64 {
+        let each = status.volumes.iter().map(|volume| volume.volume.regions_to_heal);
+        each.sum()
+    };
+    let before = regions(status);
+    if before == 0 {
+        return Ok(());
+    }
+    let begun = Instant::now();
+    std::thread::sleep(WATCH);
+    let after = regions(&client.status()?);
+    let end = match ends_in(before, after, begun.elapsed()) {
+        Some(left) => format!("done in about {} s", left.as_secs().max(1)),
+        None => "no end in sight".into(),
+    };
+    println!("\nhealing: {} to go, {end}", size(after << 20));
+    Ok(())
+}
+
+/// How long what is left takes at the pace of a while.
+fn ends_in(before: u64, after: u64, elapsed: Duration) -> Option<Duration> {
+    let healed = before.checked_sub(after).filter(|healed| *healed > 0)?;
+    Some(elapsed.mul_f64(after as f64 / healed as f64))
 }
 
 /// `unibody volume list`.
 pub(crate) fn volumes(node: &NodeArgs, as_json: bool) -> Result<()> {
-    let status = fetch(node)?;
-    if as_json {
-        json(&status.volumes)
-    } else {
-        print_volumes(&status.volumes);
-        Ok(())
+    match node.target()? {
+        Target::Alone(control) => {
+            let status = fetch(&control)?;
+            match as_json {
+                true => json(&status.volumes)?,
+                false => print_volumes(&status.volumes),
+            }
+        }
+        Target::Cluster(client) => {
+            let status = client.status()?;
+            match as_json {
+                true => json(&status.volumes)?,
+                false => print_volumes_of(&status),
+            }
+        }
     }
+    Ok(())
 }
 
 /// `unibody disk list`.
 pub(crate) fn disks(node: &NodeArgs, as_json: bool) -> Result<()> {
-    let status = fetch(node)?;
-    if as_json {
-        json(&status.disks)
-    } else {
-        print_disks(&status.disks);
-        Ok(())
+    match node.target()? {
+        Target::Alone(control) => {
+            let status = fetch(&control)?;
+            match as_json {
+                true => json(&status.disks)?,
+                false => print_disks(&status.disks),
+            }
+        }
+        Target::Cluster(client) => {
+            let status = client.status()?;
+            match as_json {
+                true => json(&status.disks)?,
+                false => print_disks_of(&status),
+            }
+        }
     }
+    Ok(())
 }
 
-fn print_volumes(volumes: &[VolumeStatus]) {
-    let rows: Vec<_> = volumes
-        .iter()
-        .map(|v| {
-            let healing = match (v.regions_to_heal, v.stale) {
-                (0, 0) => "-".into(),
-                (regions, 0) => format!("{} to go", size(regions << 20)),
-                (regions, stale) => format!("{} to go, {stale} replicas wait", size(regions << 20)),
-            };
-            let socket = v.socket.as_ref().map_or("-".into(), |p| p.display().to_string());
-            let layout = format!("{} x {}", v.stripe_width, size(v.stripe_unit));
-            vec![
-                v.name.clone(),
-                size(v.size),
-                v.mirror.to_string(),
-                layout,
-                v.state.clone(),
-                format!("{}/{}", v.in_sync, v.replicas),
-                healing,
-                socket,
-            ]
-        })
-        .collect();
+/// `unibody node list`.
+pub(crate) fn nodes(node: &NodeArgs, as_json: bool) -> Result<()> {
+    let status = node.cluster()?.status()?;
+    match as_json {
+        true => json(&status.nodes)?,
+        false => print_nodes(&status.nodes),
+    }
+    Ok(())
+}
+
+/// `unibody vm list` of a cluster.
+pub(crate) fn vms(client: &Client, as_json: bool) -> Result<()> {
+    let status = client.status()?;
+    match as_json {
+        true => json(&status.vms)?,
+        false => print_vms(&status.vms),
+    }
+    Ok(())
+}
+
+fn print_nodes(nodes: &[NodeSummary]) {
+    let row = |node: &NodeSummary| {
+        let state = match (node.alive, node.draining) {
+            (false, _) => "silent",
+            (true, true) => "draining",
+            (true, false) => "alive",
+        };
+        vec![
+            node.name.clone(),
+            node.addresses.join(" "),
+            node.domain.clone(),
+            node.role.clone(),
+            format!("{} of {}", size(node.memory_free), size(node.memory)),
+            state.into(),
+        ]
+    };
+    let rows: Vec<_> = nodes.iter().map(row).collect();
     table(
-        &[
-            "VOLUME", "SIZE", "COPIES", "STRIPE", "STATE", "IN SYNC", "HEALING", "SOCKET",
-        ],
+        &["NODE", "ADDRESS", "DOMAIN", "ROLE", "MEMORY FREE", "STATE"],
         &rows,
     );
 }
 
+fn print_vms(vms: &[VmSummary]) {
+    let row = |vm: &VmSummary| {
+        vec![
+            vm.name.clone(),
+            vm.node.clone().unwrap_or_else(|| "-".into()),
+            size(vm.memory),
+            vm.volumes.join(" "),
+            vm.state.clone(),
+        ]
+    };
+    let rows: Vec<_> = vms.iter().map(row).collect();
+    table(&["VM", "NODE", "MEMORY", "VOLUMES", "STATE"], &rows);
+}
+
+fn print_volumes_of(status: &ClusterStatus) {
+    let row = |volume: &unibody_control::api::types::VolumeSummary| {
+        let mut row = volume_row(&volume.volume);
+        row.insert(1, volume.owner.clone().unwrap_or_else(|| "-".into()));
+        row
+    };
+    let rows: Vec<_> = status.volumes.iter().map(row).collect();
+    let mut headings = VOLUME_HEADINGS.to_vec();
+    headings.insert(1, "NODE");
+    table(&headings, &rows);
+}
+
+fn print_disks_of(status: &ClusterStatus) {
+    let row = |disk: &unibody_control::api::types::DiskSummary| {
+        let mut row = disk_row(&disk.disk);
+        if disk.leaving {
+            row[5] = format!("{}, leaving: {} replicas to move", row[5], disk.replicas);
+        }
+        row.insert(0, disk.node.clone());
+        row.push(disk.disk.uuid.clone());
+        row
+    };
+    let rows: Vec<_> = status.disks.iter().map(row).collect();
+    let mut headings = DISK_HEADINGS.to_vec();
+    headings.insert(0, "NODE");
+    headings.push("IDENTITY");
+    table(&headings, &rows);
+}
+
+const VOLUME_HEADINGS: [&str; 8] = [
+    "VOLUME", "SIZE", "COPIES", "STRIPE", "STATE", "IN SYNC", "HEALING", "SOCKET",
+];
+
+fn volume_row(v: &VolumeStatus) -> Vec<String> {
+    let healing = match (v.regions_to_heal, v.stale) {
+        (0, 0) => "-".into(),
+        (regions, 0) => format!("{} to go", size(regions << 20)),
+        (regions, stale) => format!("{} to go, {stale} replicas wait", size(regions << 20)),
+    };
+    let socket = v.socket.as_ref().map_or("-".into(), |p| p.display().to_string());
+    vec![
+        v.name.clone(),
+        size(v.size),
+        v.mirror.to_string(),
+        format!("{} x {}", v.stripe_width, size(v.stripe_unit)),
+        v.state.clone(),
+        format!("{}/{}", v.in_sync, v.replicas),
+        healing,
+        socket,
+    ]
+}
+
+fn print_volumes(volumes: &[VolumeStatus]) {
+    let rows: Vec<_> = volumes.iter().map(volume_row).collect();
+    table(&VOLUME_HEADINGS, &rows);
+}
+
+const DISK_HEADINGS: [&str; 6] = ["DISK", "DOMAIN", "KIND", "CAPACITY", "FREE", "STATE"];
+
+fn disk_row(d: &DiskStatus) -> Vec<String> {
+    let state = match &d.reason {
+        Some(reason) => format!("{} ({reason})", d.state),
+        None if d.suspect => format!("{} (suspect)", d.state),
+        None => d.state.clone(),
+    };
+    vec![
+        d.name.clone(),
+        d.domain.clone(),
+        d.kind.clone(),
+        size(d.capacity),
+        size(d.free),
+        state,
+    ]
+}
+
 fn print_disks(disks: &[DiskStatus]) {
-    let rows: Vec<_> = disks
-        .iter()
-        .map(|d| {
-            let state = match &d.reason {
-                Some(reason) => format!("{} ({reason})", d.state),
-                None if d.suspect => format!("{} (suspect)", d.state),
-                None => d.state.clone(),
-            };
-            vec![
-                d.name.clone(),
-                d.domain.clone(),
-                d.kind.clone(),
-                size(d.capacity),
-                size(d.free),
-                state,
-            ]
-        })
-        .collect();
-    table(&["DISK", "DOMAIN", "KIND", "CAPACITY", "FREE", "STATE"], &rows);
+    let rows: Vec<_> = disks.iter().map(disk_row).collect();
+    table(&DISK_HEADINGS, &rows);
 }
 
 #[cfg(test)]
 mod tests {
-    use super::size;
+    use std::time::Duration;
+
+    use super::{ends_in, size};
+
+    #[test]
+    fn the_end_of_healing_is_estimated_from_its_pace() {
+        let second = Duration::from_secs(1);
+        assert_eq!(ends_in(100, 90, second), Some(Duration::from_secs(9)));
+        assert_eq!(ends_in(100, 0, second), Some(Duration::ZERO));
+        assert_eq!(ends_in(100, 100, second), None);
+        assert_eq!(ends_in(100, 120, second), None);
+    }
 
     #[test]
     fn sizes_are_readable() {

@@ -73,7 +73,7 @@ pub(crate) fn run(args: ServeArgs) -> Result<()> {
 }
 
 /// A thousand devices need ten thousand descriptors: takes what the system allows.
-fn raise_file_limit() {
+pub(crate) fn raise_file_limit() {
     use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
     let limit = getrlimit(Resource::Nofile);
     // Where it is refused, few devices still work, and one too many says why it does not.

@@ -1,21 +1,54 @@
-//! `unibody vm`: virtual machines from a specification, under either VMM.
+//! `unibody vm`: virtual machines from a specification, under either VMM; on this machine, or in a cluster, which keeps what
+//! they are and runs them wherever there is room.
 
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use clap::{Args, Subcommand};
+use unibody_control::api::types::{OnNode, VmDefinition};
 use unibody_vmm_adapter::{RuntimeRoot, VmSpec, Vmm, VmmKind, VolumeSpec, find, swap};
 
+use crate::host;
+use crate::output;
+use crate::target::{Client, NodeArgs, Target, segment};
+
+/// Between two looks at whether a VM runs.
+const LOOK: Duration = Duration::from_millis(200);
+
+#[derive(Args)]
+pub(crate) struct VmArgs {
+    #[command(flatten)]
+    node: NodeArgs,
+    #[command(subcommand)]
+    command: VmCommand,
+}
+
 #[derive(Subcommand)]
-pub(crate) enum VmCommand {
-    /// Start a VM.
+enum VmCommand {
+    /// Start a VM; in a cluster also after every failure of its node, until it is stopped.
     Start {
-        /// Its specification (TOML).
+        /// Its specification (TOML); in a cluster also the name of a VM that is known already.
         spec: PathBuf,
         /// cloud-hypervisor or qemu [default: the first of these that is there].
         #[arg(long)]
         vmm: Option<VmmKind>,
+        /// In a cluster: the node to run it on [default: one that has room].
+        #[arg(long, value_name = "NODE")]
+        on: Option<String>,
+    },
+    /// Make a VM known to a cluster, or change it, without starting it.
+    Define {
+        /// Its specification (TOML), without sockets.
+        spec: PathBuf,
+        /// cloud-hypervisor or qemu [default: the first of these that is on its node].
+        #[arg(long)]
+        vmm: Option<VmmKind>,
+    },
+    /// Have a cluster forget a VM that is stopped. Its volumes stay.
+    Delete {
+        /// Its name.
+        name: String,
     },
     /// Let the guest shut down; kill it if it does not.
     Stop {
@@ -37,7 +70,7 @@ pub(crate) enum VmCommand {
         #[arg(long)]
         json: bool,
     },
-    /// List the VMs of this machine.
+    /// List the VMs of this machine, or of the cluster.
     List {
         /// Print JSON.
         #[arg(long)]
@@ -121,10 +154,22 @@ fn json<T: serde::Serialize>(value: &T) -> Result<()> {
     Ok(())
 }
 
-pub(crate) fn run(command: VmCommand) -> Result<()> {
-    let root = RuntimeRoot::from_env();
+pub(crate) fn run(args: VmArgs) -> Result<()> {
+    let VmArgs { node, command } = args;
+    let root = node.runtime().map_or_else(RuntimeRoot::from_env, RuntimeRoot::new);
+    let command = match node.target()? {
+        Target::Cluster(client) => match in_cluster(&client, command)? {
+            None => return Ok(()),
+            // What is done to a VMM is done on its machine.
+            Some(command) => command,
+        },
+        Target::Alone(_) => command,
+    };
     match command {
-        VmCommand::Start { spec, vmm } => start(&root, &read_spec(&spec)?, vmm)?,
+        VmCommand::Start { on: Some(_), .. } | VmCommand::Define { .. } | VmCommand::Delete { .. } => {
+            bail!("that is for a cluster: name a node of it with --node-dir or --api")
+        }
+        VmCommand::Start { spec, vmm, on: None } => start(&root, &read_spec(&spec)?, vmm)?,
         VmCommand::Stop { name, patience } => {
             let stopped = running(&root, &name)?.stop(&name, patience.duration())?;
             println!(
@@ -189,16 +234,61 @@ pub(crate) fn run(command: VmCommand) -> Result<()> {
     Ok(())
 }
 
+/// What the cluster does; anything else is given back.
+fn in_cluster(client: &Client, command: VmCommand) -> Result<Option<VmCommand>> {
+    let path = |name: &str| format!("/v1/vms/{}", segment(name));
+    let define = |spec: &Path, vmm| -> Result<String> {
+        let (name, definition) = host::definition(spec, vmm)?;
+        client.put::<()>(&path(&name), &VmDefinition { definition })?;
+        Ok(name)
+    };
+    match command {
+        VmCommand::Define { spec, vmm } => drop(define(&spec, vmm)?),
+        VmCommand::Start { spec, vmm, on } => {
+            let name = match spec.is_file() {
+                true => define(&spec, vmm)?,
+                false if vmm.is_some() => bail!("--vmm goes with a specification: give its file"),
+                false => spec.to_string_lossy().into_owned(),
+            };
+            client.post::<()>(&format!("{}/start", path(&name)), &OnNode { node: on })?;
+            let node = until(client, &name, "running", Duration::from_secs(60))?;
+            println!("{name}: runs on {}", node.unwrap_or_default());
+        }
+        VmCommand::Stop { name, patience } => {
+            client.post::<()>(&format!("{}/stop", path(&name)), &())?;
+            until(client, &name, "stopped", patience.duration() + Duration::from_secs(10))?;
+            println!("{name}: stopped");
+        }
+        VmCommand::Delete { name } => client.delete(&path(&name))?,
+        VmCommand::List { json } => output::vms(client, json)?,
+        other => return Ok(Some(other)),
+    }
+    Ok(None)
+}
+
+/// Waits until a VM is as wanted, and says where it is.
+fn until(client: &Client, name: &str, state: &str, patience: Duration) -> Result<Option<String>> {
+    let end = Instant::now() + patience;
+    loop {
+        let vms = client.status()?.vms;
+        let vm = vms.into_iter().find(|vm| vm.name == name);
+        let vm = vm.with_context(|| format!("there is no VM {name} any more"))?;
+        if vm.state == state {
+            return Ok(vm.node);
+        }
+        if Instant::now() >= end {
+            bail!("VM {name} is {}: look at `unibody status` and at the output of its node", vm.state);
+        }
+        std::thread::sleep(LOOK);
+    }
+}
+
 fn start(root: &RuntimeRoot, spec: &VmSpec, vmm: Option<VmmKind>) -> Result<()> {
     let adapter = match vmm {
         Some(kind) => kind.adapter(root.clone()),
-        None => {
-            let there = VmmKind::ALL
-                .into_iter()
-                .map(|kind| kind.adapter(root.clone()))
-                .find(|vmm| vmm.probe().is_ok());
-            there.context("neither Cloud Hypervisor nor QEMU is installed: install one, or name it with --vmm to see why")?
-        }
+        None => host::any_vmm(root).context(
+            "neither Cloud Hypervisor nor QEMU is installed: install one, or name it with --vmm to see why",
+        )?,
     };
     if find(root, &spec.name)?.is_some() {
         bail!("{} is running already", spec.name);

@@ -1,13 +1,14 @@
-//! `unibody volume`: create, list, resize and delete volumes of a running node.
+//! `unibody volume`: create, list, attach, resize and delete volumes of a node or a cluster.
 
 use std::path::PathBuf;
 
-use anyhow::Result;
+use anyhow::{Result, bail};
 use clap::{Args, Subcommand};
 use unibody_control::admin::{Request, VolumeSpec, call};
+use unibody_control::api::types::{Attached, NewVolume, OnNode, Resize};
 
-use crate::NodeArgs;
 use crate::output::{self, parse_size};
+use crate::target::{NodeArgs, Target, segment};
 
 #[derive(Subcommand)]
 pub(crate) enum VolumeCommand {
@@ -20,6 +21,16 @@ pub(crate) enum VolumeCommand {
         /// Print JSON.
         #[arg(long)]
         json: bool,
+    },
+    /// Attach a volume of a cluster to a node, or move it there, and print its socket.
+    Attach {
+        /// Its name.
+        name: String,
+        /// The node [default: where it is].
+        #[arg(long, value_name = "NODE")]
+        on: Option<String>,
+        #[command(flatten)]
+        node: NodeArgs,
     },
     /// Grow a volume; a guest that uses it is told.
     Resize {
@@ -65,13 +76,42 @@ pub(crate) struct CreateArgs {
     /// Refuse writes.
     #[arg(long)]
     read_only: bool,
+    /// In a cluster: the node it will be used on.
+    #[arg(long, value_name = "NODE")]
+    near: Option<String>,
     #[command(flatten)]
     node: NodeArgs,
 }
 
 pub(crate) fn run(command: VolumeCommand) -> Result<()> {
     match command {
-        VolumeCommand::Create(args) => {
+        VolumeCommand::Create(args) => create(args)?,
+        VolumeCommand::List { node, json } => output::volumes(&node, json)?,
+        VolumeCommand::Attach { name, on, node } => {
+            let path = format!("/v1/volumes/{}/attach", segment(&name));
+            let attached: Attached = node.cluster()?.post(&path, &OnNode { node: on })?;
+            println!("{}", attached.socket.display());
+        }
+        VolumeCommand::Resize { name, size, node } => match node.target()? {
+            Target::Alone(control) => drop(call(&control, &Request::VolumeResize { name, size })?),
+            Target::Cluster(client) => {
+                client.post::<()>(&format!("/v1/volumes/{}/resize", segment(&name)), &Resize { size })?;
+            }
+        },
+        VolumeCommand::Delete { name, node } => match node.target()? {
+            Target::Alone(control) => drop(call(&control, &Request::VolumeDelete { name })?),
+            Target::Cluster(client) => client.delete(&format!("/v1/volumes/{}", segment(&name)))?,
+        },
+    }
+    Ok(())
+}
+
+fn create(args: CreateArgs) -> Result<()> {
+    match args.node.target()? {
+        Target::Alone(control) => {
+            if args.near.is_some() {
+                bail!("--near names a node of a cluster: this is a node by itself");
+            }
             let spec = VolumeSpec {
                 name: args.name,
                 size: Some(args.size),
@@ -82,14 +122,22 @@ pub(crate) fn run(command: VolumeCommand) -> Result<()> {
                 queues: args.queues,
                 read_only: args.read_only,
             };
-            call(&args.node.control, &Request::VolumeCreate(spec))?;
+            call(&control, &Request::VolumeCreate(spec))?;
         }
-        VolumeCommand::List { node, json } => output::volumes(&node, json)?,
-        VolumeCommand::Resize { name, size, node } => {
-            call(&node.control, &Request::VolumeResize { name, size })?;
-        }
-        VolumeCommand::Delete { name, node } => {
-            call(&node.control, &Request::VolumeDelete { name })?;
+        Target::Cluster(client) => {
+            if args.socket.is_some() || args.queues.is_some() {
+                bail!("a cluster chooses sockets and queues itself: leave out --socket and --queues");
+            }
+            let new = NewVolume {
+                name: args.name,
+                size: args.size,
+                mirror: args.mirror,
+                stripe_unit: args.stripe_unit,
+                stripe_width: args.stripe_width,
+                read_only: args.read_only,
+                near: args.near,
+            };
+            client.post::<()>("/v1/volumes", &new)?;
         }
     }
     Ok(())

@@ -69,6 +69,10 @@ pub struct NodeConfig {
     pub faults: bool,
     /// Seconds after which the disks of a node that is gone are given up and their data is placed elsewhere.
     pub out_after_s: u64,
+    /// Nodes by way of which it joined, and by way of which it joins as a new one if it loses its part of the cluster's state.
+    /// Empty for the first node, which must not found the cluster twice.
+    #[serde(default)]
+    pub seeds: Vec<String>,
 }
 
 /// What a node is made from.
@@ -175,6 +179,7 @@ impl NodeConfig {
             disks: setup.disks,
             faults: setup.faults,
             out_after_s: setup.out_after.as_secs(),
+            seeds: token.map(|token| token.seeds.clone()).unwrap_or_default(),
         };
         fs::create_dir_all(dir).map_err(|source| ConfigError::System {
             path: dir.to_path_buf(),

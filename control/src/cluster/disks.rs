@@ -31,11 +31,15 @@ struct Bay {
     waiting: Option<Opened>,
     /// A proposal about it is out.
     recording: bool,
+    /// It is not this node's any more, and only keeps its number.
+    gone: bool,
 }
 
 /// See the module.
 pub(crate) struct Disks {
     bays: Vec<Bay>,
+    /// The state when it was last looked at.
+    seen: Arc<State>,
     cache_bytes: usize,
     faults: bool,
 }
@@ -44,6 +48,7 @@ impl Disks {
     pub(crate) fn new(cache_bytes: usize, faults: bool) -> Self {
         Disks {
             bays: Vec::new(),
+            seen: Arc::default(),
             cache_bytes,
             faults,
         }
@@ -54,7 +59,7 @@ impl Disks {
             return Err(AgentError::Wrong(format!("a node has at most {DISKS_MAX} disks")));
         }
         let same = |bay: &&Bay| {
-            node::is_path(&spec).is_some() && node::is_path(&bay.disk.spec) == node::is_path(&spec)
+            !bay.gone && node::is_path(&spec).is_some() && node::is_path(&bay.disk.spec) == node::is_path(&spec)
         };
         if let Some(twin) = self.bays.iter().find(same) {
             return Err(AgentError::Wrong(format!(
@@ -67,13 +72,9 @@ impl Disks {
             disk: NodeDisk::new(index, spec),
             waiting: None,
             recording: false,
+            gone: false,
         });
         Ok(index)
-    }
-
-    /// The last one that was added is not wanted after all.
-    pub(crate) fn forget_last(&mut self) {
-        self.bays.pop();
     }
 
     fn bay(&mut self, index: DiskIndex) -> &mut Bay {
@@ -121,20 +122,21 @@ impl Disks {
         let (disk, boot, bytes) = (opened.uuid, opened.boot.0, opened.bytes);
         bay.waiting = Some(opened);
         bay.recording = true;
-        let (inputs, proposer, node) = (ground.inputs.clone(), ground.proposer.clone(), ground.me);
         let add = Command::AddDisk {
             disk,
-            node,
+            node: ground.me,
             domain,
             bytes,
         };
+        let record = Command::DiskUp { disk, boot };
+        let (inputs, proposer) = (ground.inputs.clone(), ground.proposer.clone());
         let say = move |outcome| {
             inputs
                 .send(Input::DiskRecorded(index, Record::Boot, outcome))
                 .ok();
         };
         ground.proposer.propose(add, move |outcome| match outcome {
-            Ok(_) => proposer.propose(Command::DiskUp { disk, boot }, say),
+            Ok(_) => proposer.propose(record, say),
             refused => say(refused),
         });
     }
@@ -217,8 +219,38 @@ impl Disks {
         }
     }
 
-    /// Gives back the space of replicas that have no place on a disk any more.
-    pub(crate) fn look(&mut self, ground: &Ground, state: &State) {
+    /// Records again what the state does not have right, lets disks go that it has forgotten, and gives back the space of
+    /// replicas that have no place on a disk any more.
+    pub(crate) fn look(&mut self, ground: &Ground, state: &Arc<State>) {
+        self.left_behind(state);
+        for number in 0..self.bays.len() {
+            let bay = &mut self.bays[number];
+            let (Some(up), Some(uuid), false) = (bay.disk.up, bay.disk.uuid, bay.recording) else {
+                continue;
+            };
+            let index = bay.disk.index;
+            match state.disks.get(&Disk(uuid)) {
+                // A proposal of an earlier process came late and overwrote what this one had recorded.
+                Some(record) if record.boot != up.boot.0 => {
+                    bay.recording = true;
+                    let record = Command::DiskUp {
+                        disk: uuid,
+                        boot: up.boot.0,
+                    };
+                    ground.propose(record, move |outcome| {
+                        Input::DiskRecorded(index, Record::Boot, outcome)
+                    });
+                }
+                Some(_) => {}
+                // It was recorded before it was put into service: so it was taken out, and everything on it has moved.
+                None if self.seen.disks.contains_key(&Disk(uuid)) => {
+                    bay.gone = true;
+                    ground.plane.fail_disk(index);
+                }
+                None => {}
+            }
+        }
+        self.seen = Arc::clone(state);
         for bay in self.bays.iter_mut().filter(|bay| bay.disk.up.is_some()) {
             if bay.disk.found.is_empty() {
                 continue;
@@ -236,11 +268,54 @@ impl Disks {
         }
     }
 
+    /// Replicas that had a place on a disk here when the state was last looked at and may have none now.
+    fn left_behind(&mut self, state: &State) {
+        if self.seen.volumes == state.volumes {
+            return;
+        }
+        for (name, before) in &self.seen.volumes {
+            let now = state.volumes.get(name);
+            if now.is_some_and(|now| Arc::ptr_eq(now, before)) {
+                continue;
+            }
+            for bay in self.bays.iter_mut().filter(|bay| bay.disk.up.is_some()) {
+                if let Some(uuid) = bay.disk.uuid {
+                    let placed = before.replicas_on(uuid);
+                    bay.disk.found.extend(placed.filter(|chunk| state.orphan(uuid, chunk).is_some()));
+                }
+            }
+        }
+    }
+
+    /// Lets a disk go that could not be used, or that is not this node's any more; what is left are the names of the others.
+    ///
+    /// # Errors
+    /// When it is in service.
+    pub(crate) fn forget(&mut self, name: &str) -> Result<(), AgentError> {
+        let bay = self.find(name)?;
+        if !matches!(bay.disk.phase, Phase::Failed(_)) {
+            return Err(AgentError::Wrong(format!(
+                "disk {name} is in service: take it out with `unibody disk remove`"
+            )));
+        }
+        bay.gone = true;
+        Ok(())
+    }
+
+    /// What the node is to open when it is started the next time.
+    pub(crate) fn specs(&self) -> Vec<String> {
+        let here = self.bays.iter().filter(|bay| !bay.gone);
+        here.map(|bay| bay.disk.spec.to_string()).collect()
+    }
+
     pub(crate) fn tick(&mut self, ground: &Ground, state: &Arc<State>) {
         let now = Instant::now();
         for number in 0..self.bays.len() {
             let bay = &self.bays[number];
             let index = bay.disk.index;
+            if bay.gone {
+                continue;
+            }
             if bay.disk.distrust {
                 self.record_distrust(ground, index);
             } else if bay.disk.due(now) && !bay.recording {
@@ -250,10 +325,16 @@ impl Disks {
     }
 
     fn find(&mut self, name: &str) -> Result<&mut Bay, AgentError> {
-        let names: Vec<_> = self.bays.iter().map(|bay| bay.disk.name.clone()).collect();
+        let names: Vec<_> = self
+            .bays
+            .iter()
+            .filter(|bay| !bay.gone)
+            .map(|bay| bay.disk.name.clone())
+            .collect();
         let found = self
             .bays
             .iter_mut()
+            .filter(|bay| !bay.gone)
             .find(|bay| bay.disk.name == name || bay.disk.uuid.is_some_and(|uuid| uuid.to_string() == name));
         found.ok_or_else(|| {
             AgentError::Wrong(format!(
@@ -322,7 +403,7 @@ impl Disks {
             }
             status
         };
-        self.bays.iter().map(of).collect()
+        self.bays.iter().filter(|bay| !bay.gone).map(of).collect()
     }
 
     /// Flushes all disks and marks them clean. False: one failed.

@@ -111,6 +111,7 @@ fn owners(state: &State, life: &impl Fn(NodeId) -> Life) -> Vec<Command> {
                 .max_by_key(|node| {
                     let owned = load.get(node).copied().unwrap_or(0);
                     (
+                        !state.nodes[node].drain,
                         here.get(node).copied().unwrap_or(0),
                         std::cmp::Reverse(owned),
                         std::cmp::Reverse(*node),

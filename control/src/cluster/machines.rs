@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use super::vms::VmHost;
 use super::volumes::Volumes;
 use super::{Ground, Input};
-use crate::state::{Command, State};
+use crate::state::{Command, NodeId, State};
 
 /// How long a guest may take to shut down.
 const SHUTDOWN: Duration = Duration::from_secs(60);
@@ -66,6 +66,11 @@ impl Machines {
         }
     }
 
+    /// Those that ran when it was looked at last.
+    pub(crate) fn running(&self) -> Vec<String> {
+        self.running.clone().unwrap_or_default()
+    }
+
     pub(crate) fn worked(&mut self, name: &str, outcome: Result<(), String>) {
         let machine = self.machines.entry(name.to_owned()).or_default();
         machine.busy = false;
@@ -88,12 +93,12 @@ impl Machines {
         let Some(running) = self.running.clone() else {
             return;
         };
+        let stays = |name: &String| {
+            let vm = state.vms.get(name).filter(|vm| vm.node == Some(ground.me));
+            vm.is_some_and(|vm| vm.spec.run && !leaves(state, ground.me, vm.spec.memory))
+        };
         for name in &running {
-            let here = state
-                .vms
-                .get(name)
-                .is_some_and(|vm| vm.node == Some(ground.me) && vm.spec.run);
-            if !here {
+            if !stays(name) {
                 // One that was moved is ended at once: its volumes have another owner, and it can only fail.
                 let moved = state.vms.get(name).is_none_or(|vm| vm.node != Some(ground.me));
                 let patience = if moved { Duration::ZERO } else { SHUTDOWN };
@@ -104,7 +109,7 @@ impl Machines {
             if vm.node != Some(ground.me) || running.contains(name) {
                 continue;
             }
-            if !vm.spec.run {
+            if !stays(name) {
                 self.leave(ground, name, vm.epoch);
                 continue;
             }
@@ -157,4 +162,11 @@ impl Machines {
             Input::Machine(name, outcome)
         });
     }
+}
+
+/// Whether a VM has to leave a node because that is being drained, and has somewhere to go.
+fn leaves(state: &State, node: NodeId, memory: u64) -> bool {
+    let drained = |id: &NodeId| state.nodes.get(id).is_some_and(|node| node.drain);
+    let room = |id: &NodeId| !drained(id) && state.memory_free(*id) >= memory;
+    drained(&node) && state.nodes.keys().any(room)
 }

@@ -32,7 +32,7 @@ use std::sync::{Arc, Mutex, PoisonError, mpsc};
 use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
-use unibody_dataplane::disk::spec::SpecError;
+use unibody_dataplane::disk::spec::{Backend, DiskSpec, SpecError};
 use unibody_dataplane::plane::{DiskIndex, Event, Plane, VolumeIndex};
 use unibody_dataplane::wire::handshake::{self, Counts, Incarnation, Local};
 
@@ -103,7 +103,7 @@ pub enum AgentError {
 }
 
 /// What users ask of one certain node, by way of its API.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
 #[serde(tag = "command", rename_all = "kebab-case", deny_unknown_fields)]
 pub enum LocalRequest {
     /// What it knows of its disks, volumes and reactors: [`NodeStatus`].
@@ -123,6 +123,11 @@ pub enum LocalRequest {
         /// Its name.
         disk: String,
     },
+    /// Let go of a disk that is not in service, for good.
+    DiskForget {
+        /// Its name.
+        disk: String,
+    },
     /// Switch a fault on or off in front of a disk.
     DiskFault {
         /// Its name.
@@ -135,6 +140,7 @@ pub enum LocalRequest {
         /// The volume.
         volume: String,
         /// Its next owner.
+        #[schema(value_type = Option<u64>)]
         to: Option<NodeId>,
     },
 }
@@ -497,6 +503,7 @@ impl Agent {
         self.disks.look(&self.ground, &view.state);
         self.volumes.look(&self.ground, &view.state);
         self.machines.look(&self.ground, &view.state, &self.volumes);
+        self.remember_disks();
     }
 
     fn look_at_nodes(&mut self, view: &View) {
@@ -602,6 +609,7 @@ impl Agent {
                     .map(done)
                     .map_err(wrong)
             }
+            LocalRequest::DiskForget { disk } => self.disks.forget(&disk).map(done).map_err(wrong),
             LocalRequest::DiskFault { disk, fault } => {
                 self.disks.fault(&disk, &fault).map(done).map_err(wrong)
             }
@@ -613,16 +621,32 @@ impl Agent {
         }
     }
 
+    /// Begins to open another disk.
     fn add_disk(&mut self, text: &str) -> Result<(), AgentError> {
-        let index = self.disks.add(text.parse()?)?;
-        self.config.disks.push(text.to_owned());
-        if let Err(error) = self.config.save(&self.ground.dir) {
-            self.config.disks.pop();
-            self.disks.forget_last();
-            return Err(error.into());
+        let spec: DiskSpec = text.parse()?;
+        if let Backend::Path(path) = &spec.backend
+            && !path.is_absolute()
+        {
+            return Err(AgentError::Wrong(format!(
+                "{} is relative to nothing that the node knows: give the whole path",
+                path.display()
+            )));
         }
+        let index = self.disks.add(spec)?;
         self.disks.open(&self.ground, &self.view.state, index);
         Ok(())
+    }
+
+    /// Remembers which disks to open at the next start.
+    fn remember_disks(&mut self) {
+        let disks = self.disks.specs();
+        if self.config.disks == disks {
+            return;
+        }
+        self.config.disks = disks;
+        if let Err(error) = self.config.save(&self.ground.dir) {
+            eprintln!("unibody: {}", node::chain(&error));
+        }
     }
 
     fn status(&self) -> NodeStatus {
@@ -631,6 +655,7 @@ impl Agent {
             disks: self.disks.status(&self.view.state, &shards),
             volumes: self.volumes.status(&self.ground.dir, &self.view.state, &shards),
             reactors: shards.iter().map(node::reactor_status).collect(),
+            vms: self.machines.running(),
         }
     }
 

@@ -117,16 +117,19 @@ impl Volumes {
                     held.config = record.config;
                     ground.plane.reconfigured(held.index, record.to_config());
                 }
-                let belongs = state.user_of(&held.name).and_then(|vm| state.vms[vm].node);
+                let user = state.user_of(&held.name).and_then(|vm| state.vms[vm].node);
                 let idle = !held.export.as_ref().is_some_and(Export::connected);
-                if let Some(node) = belongs
-                    && node != ground.me
-                    && idle
-                    && held.stage == Stage::Attached
-                {
+                let drained = state.nodes.get(&ground.me).is_some_and(|node| node.drain);
+                let after = match user {
                     // The VM that uses it belongs elsewhere, and it goes there with it.
+                    Some(node) if node != ground.me => Some(After::HandOver(node)),
+                    // Whoever leads gives it to another node.
+                    None if drained => Some(After::Release),
+                    _ => None,
+                };
+                if let Some(after) = after.filter(|_| idle && held.stage == Stage::Attached) {
                     let index = held.index;
-                    self.end(ground, index, After::HandOver(node));
+                    self.end(ground, index, after);
                     continue;
                 }
                 if record.size > held.size {

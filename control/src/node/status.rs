@@ -50,6 +50,7 @@ impl Node {
                 })
                 .collect(),
             reactors: shards.iter().map(reactor_status).collect(),
+            vms: Vec::new(),
         }
     }
 }

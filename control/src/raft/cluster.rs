@@ -9,7 +9,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{TcpListener, TcpStream};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -243,6 +243,11 @@ impl Cluster {
         self.runtime.as_ref().expect("it is there until the end")
     }
 
+    /// Whether a node has its part of a cluster in a directory.
+    pub fn is_in(dir: &Path) -> bool {
+        dir.join(super::store::FILE).exists()
+    }
+
     /// Who this node is.
     pub fn identity(&self) -> &Identity {
         &self.core.identity
@@ -386,10 +391,21 @@ impl Cluster {
     /// # Errors
     /// When no leader confirms it.
     pub fn confirmed(&self) -> Result<Arc<View>, ProposeError> {
-        self.wait(async {
-            let index = self.core.read_index().await?;
-            self.core.applied(index).await
-        })
+        self.wait(self.confirmed_later())
+    }
+
+    /// The same for whoever is asynchronous already.
+    pub fn confirmed_later(&self) -> impl Future<Output = Result<Arc<View>, ProposeError>> + Send + 'static {
+        let core = Arc::clone(&self.core);
+        async move {
+            let index = core.read_index().await?;
+            core.applied(index).await
+        }
+    }
+
+    /// The applied state and its changes.
+    pub fn views(&self) -> tokio::sync::watch::Receiver<Arc<View>> {
+        self.core.views.clone()
     }
 
     /// Renews this node's lease.

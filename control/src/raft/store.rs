@@ -32,7 +32,7 @@ use super::{Contact, Types};
 use crate::envelope::{self, Unreadable};
 use crate::state::{NodeId, hex_u128};
 
-const FILE: &str = "cluster.redb";
+pub(super) const FILE: &str = "cluster.redb";
 const META: TableDefinition<'_, &str, &[u8]> = TableDefinition::new("meta");
 const LOG: TableDefinition<'_, u64, &[u8]> = TableDefinition::new("log");
 const SNAPSHOT: TableDefinition<'_, u64, &[u8]> = TableDefinition::new("snapshot");

@@ -1,0 +1,184 @@
+//! What runs a node's VMs: their definitions as the cluster keeps them, and the VMMs of this machine.
+//!
+//! A definition is what `unibody vm start` reads from a file, but without sockets, since a volume is served on whichever node
+//! the VM is placed; `vmm` at its top chooses the VMM, otherwise the first that is installed runs it.
+
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+use unibody_control::cluster::vms::{VmHost, VmNeeds};
+use unibody_vmm_adapter::{Phase, RuntimeRoot, VmSpec, Vmm, VmmError, VmmKind, find};
+
+/// As the cluster keeps it.
+#[derive(Serialize, Deserialize)]
+struct Definition {
+    vmm: Option<VmmKind>,
+    spec: VmSpec,
+}
+
+/// See the module.
+pub(crate) struct Host(pub(crate) RuntimeRoot);
+
+fn chain(error: &dyn std::error::Error) -> String {
+    let sources = std::iter::successors(Some(error), |error| error.source());
+    let texts: Vec<_> = sources.map(ToString::to_string).collect();
+    texts.join(": ")
+}
+
+impl Host {
+    /// The VM of this name, if its VMM lives.
+    fn find(&self, name: &str) -> Result<Option<Box<dyn Vmm>>, String> {
+        find(&self.0, name).map_err(|error| chain(&error))
+    }
+
+    fn try_stop(&self, name: &str, patience: Duration) -> Result<(), VmmError> {
+        match find(&self.0, name)? {
+            Some(vmm) if patience.is_zero() => vmm.kill(name).map(drop),
+            Some(vmm) => vmm.stop(name, patience).map(drop),
+            None => Ok(()),
+        }
+    }
+}
+
+/// The first VMM that is installed here.
+pub(crate) fn any_vmm(root: &RuntimeRoot) -> Option<Box<dyn Vmm>> {
+    let mut adapters = VmmKind::ALL.into_iter().map(|kind| kind.adapter(root.clone()));
+    adapters.find(|vmm| vmm.probe().is_ok())
+}
+
+impl VmHost for Host {
+    fn check(&self, text: &str) -> Result<(VmNeeds, String), String> {
+        let mut table: toml::Table = toml::from_str(text).map_err(|error| error.to_string())?;
+        let vmm = match table.remove("vmm") {
+            Some(toml::Value::String(name)) => Some(name.parse()?),
+            Some(_) => return Err("vmm: a name is needed".into()),
+            None => None,
+        };
+        let volumes = table.get_mut("volumes").and_then(toml::Value::as_array_mut);
+        for (number, volume) in volumes.into_iter().flatten().enumerate() {
+            let Some(volume) = volume.as_table_mut() else {
+                continue;
+            };
+            let unknown = toml::Value::String(format!("/{number}"));
+            if volume.insert("socket".into(), unknown).is_some() {
+                return Err("volumes: leave out the socket: it is where the VM is placed".into());
+            }
+        }
+        let spec = VmSpec::parse(&toml::to_string(&table).map_err(|error| error.to_string())?)
+            .map_err(|error| chain(&error))?;
+        let boot = [&spec.boot.kernel, &spec.boot.initramfs, &spec.serial_log];
+        if let Some(path) = boot.into_iter().flatten().find(|path| !path.is_absolute()) {
+            return Err(format!(
+                "{} is relative to nothing that every node knows: give the whole path",
+                path.display()
+            ));
+        }
+        let needs = VmNeeds {
+            name: spec.name.clone(),
+            memory: spec.memory.0,
+            volumes: spec.volumes.iter().map(|volume| volume.name.clone()).collect(),
+        };
+        let definition = serde_json::to_string(&Definition { vmm, spec }).map_err(|error| error.to_string())?;
+        Ok((needs, definition))
+    }
+
+    fn start(&self, definition: &str, volumes: &[(String, PathBuf)]) -> Result<(), String> {
+        let Definition { vmm, mut spec } =
+            serde_json::from_str(definition).map_err(|error| format!("its definition: {error}"))?;
+        for volume in &mut spec.volumes {
+            let found = volumes.iter().find(|(name, _)| *name == volume.name);
+            let (_, socket) = found.ok_or_else(|| format!("volume {} is not here", volume.name))?;
+            volume.socket = std::path::absolute(socket).map_err(|error| error.to_string())?;
+        }
+        spec.check().map_err(|error| chain(&error))?;
+        // What is left of an earlier run: its guest has ended, or it would count as running.
+        self.try_stop(&spec.name, Duration::ZERO)
+            .map_err(|error| chain(&error))?;
+        let adapter = match vmm {
+            Some(kind) => kind.adapter(self.0.clone()),
+            None => any_vmm(&self.0).ok_or("neither Cloud Hypervisor nor QEMU is installed on its node")?,
+        };
+        let started = adapter.start(&spec).map_err(|error| chain(&error))?;
+        for notice in started.notices {
+            eprintln!("unibody: VM {}: {notice}", spec.name);
+        }
+        Ok(())
+    }
+
+    fn stop(&self, name: &str, patience: Duration) -> Result<(), String> {
+        self.try_stop(name, patience).map_err(|error| chain(&error))
+    }
+
+    fn running(&self) -> Result<Vec<String>, String> {
+        let mut running = Vec::new();
+        for name in self.0.names().map_err(|error| chain(&error))? {
+            let Some(vmm) = self.find(&name)? else { continue };
+            // One whose VMM does not answer may still run.
+            let ended = vmm.status(&name).is_ok_and(|status| matches!(status.phase, Phase::Ended(_)));
+            if !ended {
+                running.push(name);
+            }
+        }
+        Ok(running)
+    }
+}
+
+/// A definition from a file, as the API takes it: with the VMM of choice at its top.
+pub(crate) fn definition(path: &Path, vmm: Option<VmmKind>) -> anyhow::Result<(String, String)> {
+    use anyhow::Context;
+    let text = std::fs::read_to_string(path).with_context(|| format!("{} can not be read", path.display()))?;
+    let mut table: toml::Table =
+        toml::from_str(&text).with_context(|| format!("{} is not a VM's specification", path.display()))?;
+    if let Some(vmm) = vmm {
+        table.insert("vmm".into(), vmm.to_string().into());
+    }
+    let name = table.get("name").and_then(toml::Value::as_str).unwrap_or_default();
+    Ok((name.to_owned(), toml::to_string(&table)?))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const TEXT: &str = r#"
+        name = "web1"
+        memory = "1G"
+        [boot]
+        kernel = "/boot/vmlinuz"
+        [[volumes]]
+        name = "root"
+    "#;
+
+    fn host() -> Host {
+        Host(RuntimeRoot::new("/nonexistent"))
+    }
+
+    #[test]
+    fn a_definition_says_what_a_vm_needs() {
+        let (needs, definition) = host().check(&format!("vmm = \"qemu\"\n{TEXT}")).unwrap();
+        assert_eq!(
+            (needs.name.as_str(), needs.memory, needs.volumes),
+            ("web1", 1 << 30, vec!["root".to_owned()])
+        );
+        let Definition { vmm, .. } = serde_json::from_str(&definition).unwrap();
+        assert_eq!(vmm, Some(VmmKind::Qemu));
+    }
+
+    #[test]
+    fn what_only_one_node_would_understand_is_refused() {
+        let socket = format!("{TEXT}socket = \"/run/x.sock\"");
+        assert!(host().check(&socket).unwrap_err().contains("leave out the socket"));
+        let relative = TEXT.replace("/boot", "boot");
+        assert!(host().check(&relative).unwrap_err().contains("whole path"));
+        assert!(host().check("vmm = 7").unwrap_err().contains("vmm"));
+        assert!(host().check(&format!("{TEXT}speed = 3")).is_err());
+    }
+
+    #[test]
+    fn a_vm_does_not_start_without_its_volumes() {
+        let (_, definition) = host().check(TEXT).unwrap();
+        let error = host().start(&definition, &[]).unwrap_err();
+        assert!(error.contains("volume root"), "{error}");
+    }
+}
