@@ -40,14 +40,6 @@ pub(crate) enum Target {
 }
 
 impl NodeArgs {
-    /// The node in this directory.
-    pub(crate) fn dir(dir: &Path) -> Self {
-        NodeArgs {
-            node_dir: Some(dir.to_path_buf()),
-            ..NodeArgs::default()
-        }
-    }
-
     /// Whom this names.
     pub(crate) fn target(&self) -> Result<Target> {
         if let Some(address) = &self.api {
