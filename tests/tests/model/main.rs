@@ -1,8 +1,8 @@
 //! An exhaustive model of the replication protocol: owners, seals, removal, rebuild and confirmed reads.
 //!
 //! To learn the protocol from it, read `replica` (what a disk owes), `control` (what consensus decides), `owner` (what an
-//! owner concludes), then `system` (how they meet) and `register` (what guests are promised). `search` says what may
-//! happen next and what must always hold, `bug` which mistakes are planted.
+//! owner concludes), then `action` and `system` (how they meet) and `register` (what guests are promised). `search` says when
+//! what may happen and what must always hold, `bug` which mistakes are planted.
 //!
 //! One chunk of one block, two or three replicas, two nodes. The checker visits every state that can be reached within
 //! the bounds of a search, breadth first. Every search must also reach what it is there for: properties of the kind
@@ -11,6 +11,7 @@
 //! This is the protocol as meant, not the code: that the code follows it is what the simulators show
 //! (`tests/src/cluster`). What is left out is said in each module and in `docs/testing.md`.
 
+mod action;
 mod bug;
 mod control;
 mod owner;

@@ -2,10 +2,11 @@
 
 use stateright::{Model, Property};
 
+use super::action::{Action, Event};
 use super::bug::Bug;
 use super::control::{Change, SlotState, in_sync};
 use super::owner::{Link, Owner, Phase, Task};
-use super::system::{Action, Event, State, Wire};
+use super::system::{State, Wire};
 use super::{NODES, SLOTS};
 
 /// What the checker finds violated first by most bugs, and the others that the tests name.
