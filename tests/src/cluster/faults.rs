@@ -148,8 +148,12 @@ impl Cluster {
         while let Some(event) = self.sites[node].backlog.pop_front() {
             self.handle(event)?;
             if self.sites[node].paused != 0 {
-                break;
+                return Ok(());
             }
+        }
+        for other in (0..self.sites.len()).filter(|&other| other != node) {
+            self.unstall(node, other)?;
+            self.unstall(other, node)?;
         }
         Ok(())
     }
@@ -208,17 +212,20 @@ impl Cluster {
         self.after(delay, Event::Mend { cut });
     }
 
-    /// Every chunk that the disks are needed for has another copy that is believed by all.
+    /// Every chunk that the disks are needed for has another copy that is believed by all, and no disk is about to be found
+    /// silent: that would be a second loss at the same time.
     fn spare(&self, lost: &[usize]) -> bool {
         let quiet = self.owners.values().all(|owner| {
             let status = owner.mirror.status();
             !owner.proposing && status.lost == 0 && status.phase == Phase::Serving
         });
+        let slow = self.drives.iter().any(|drive| drive.slow_until > self.now);
         let there = |uuid| {
             self.drive(uuid)
                 .filter(|&d| self.drives[d].store.is_some() && !lost.contains(&d))
         };
         quiet
+            && !slow
             && self.cuts.is_empty()
             && self.raft.asks.is_empty()
             && self

@@ -287,15 +287,16 @@ impl Cluster {
         self.arrived(from, to, session, message)
     }
 
-    /// What waited for a partition to end goes on.
+    /// What waited for a partition to end goes on. For a node that stands still it goes on waiting: what comes for that node
+    /// is kept elsewhere, and nothing may overtake.
     pub(super) fn unstall(&mut self, from: usize, to: usize) -> Checked {
         for back in [false, true] {
-            let blocked = if back {
-                self.blocked(to, from)
+            let (blocked, node) = if back {
+                (self.blocked(to, from), from)
             } else {
-                self.blocked(from, to)
+                (self.blocked(from, to), to)
             };
-            if blocked {
+            if blocked || self.sites[node].paused != 0 {
                 continue;
             }
             let link = self.link(from, to);
@@ -305,17 +306,7 @@ impl Cluster {
                 &mut link.stalled_there
             });
             for (session, message) in stalled {
-                let node = if back { from } else { to };
-                if self.sites[node].paused != 0 {
-                    self.sites[node].backlog.push_back(Event::Wire {
-                        from,
-                        to,
-                        session,
-                        message,
-                    });
-                } else {
-                    self.arrived(from, to, session, message)?;
-                }
+                self.arrived(from, to, session, message)?;
             }
         }
         Ok(())

@@ -57,6 +57,8 @@ impl Cluster {
         if self.faulty && self.random.one_in(self.profile.base.slow) {
             delay *= 100;
             self.count("slow I/O");
+            let there = &mut self.drives[drive];
+            there.slow_until = there.slow_until.max(self.now + delay);
         }
         let turn = self.drives[drive].turn;
         let serial = self.drives[drive].disk.submit(token, io, None, &mut self.random);

@@ -154,6 +154,8 @@ pub(super) struct Drive {
     pub(super) gone: bool,
     pub(super) failed: bool,
     pub(super) batched: bool,
+    /// Something that was asked of it takes until then, or its process gives it up first.
+    pub(super) slow_until: u64,
     pub(super) jobs: BTreeMap<u64, Job>,
     pub(super) last_in: u64,
     pub(super) last_out: u64,
@@ -370,6 +372,7 @@ impl Cluster {
             gone: false,
             failed: false,
             batched: false,
+            slow_until: 0,
             jobs: BTreeMap::new(),
             last_in: 0,
             last_out: 0,
