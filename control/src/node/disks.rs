@@ -305,6 +305,8 @@ pub(crate) struct NodeDisk {
     pub(crate) distrust: bool,
     /// Replicas found on it when it was opened, until it is known which have a place there.
     pub(crate) found: Vec<ChunkRef>,
+    /// Times it failed, by itself or by hand.
+    pub(crate) failures: u64,
     retries: u32,
     retry_at: Option<Instant>,
 }
@@ -328,6 +330,7 @@ impl NodeDisk {
             by_hand: false,
             distrust: false,
             found: Vec::new(),
+            failures: 0,
             retries: 0,
             retry_at: None,
         }
@@ -346,6 +349,7 @@ impl NodeDisk {
     pub(crate) fn failed(&mut self, reason: String, now: Instant) {
         self.phase = Phase::Failed(reason);
         self.up = None;
+        self.failures += 1;
         let again = !self.by_hand && self.keeps_data() && self.retries < RETRIES_MAX;
         self.retry_at = again.then(|| now + RETRY_FIRST * (1 << self.retries));
         self.retries += 1;

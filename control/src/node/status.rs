@@ -97,6 +97,7 @@ pub(crate) fn disk_status(disk: &disks::NodeDisk, state: &State, shards: &[Shard
             .map(|(name, value)| (name.to_owned(), value))
             .collect();
     }
+    status.counters.insert("failures".into(), disk.failures);
     if let Some(faults) = &disk.faults {
         status.counters.insert("faults_injected".into(), faults.faults());
     }
