@@ -6,10 +6,11 @@
 //!
 //! Absent: judging when a lease is over (`raft` does, see [`Duty::Take`]), and the data plane.
 
+use std::borrow::Cow;
 use std::collections::{BTreeMap, BTreeSet};
 
 use crate::planner;
-use crate::state::{Command, Disk, NodeId, ReplicaState, State, Volume};
+use crate::state::{Command, Disk, NodeId, Replica, ReplicaState, State, Volume};
 
 /// Most moves of chunks proposed in one round.
 const MOVES_MAX: usize = 512;
@@ -206,66 +207,92 @@ fn disks(state: &State, life: &impl Fn(NodeId) -> Life) -> Vec<Command> {
         if of_node.clone().any(|(_, record)| record.out) {
             continue;
         }
-        if let Some((disk, _)) = of_node.find(|(disk, _)| safe_without(state, **disk)) {
+        if let Some((disk, _)) = of_node.find(|(disk, _)| safe_without(state, **disk, life)) {
             commands.push(Command::DiskOut { disk: disk.0 });
         }
     }
-    let mut moves = 0;
+    // What follows is planned from what goes before it.
+    let mut after = Cow::Borrowed(state);
+    let mut room = MOVES_MAX;
     for &disk in &leaving {
         if !state.has_replicas(disk.0) {
             commands.push(Command::ForgetDisk { disk: disk.0 });
+            continue;
+        }
+        let mut planned = after.clone();
+        let mut batch = Vec::new();
+        // An owner that reaches the disk brings it up to date again, which is fine until there is another place. So it is given
+        // up anew, together with the moves.
+        if safe_without(state, disk, life) {
+            batch.push(Command::DiskOut { disk: disk.0 });
+            planned.to_mut().apply(&batch[0]).ok();
+        }
+        let moved = moves(&mut planned, disk, false, &mut room);
+        if !moved.is_empty() {
+            batch.extend(moved);
+            commands.push(Command::Batch(batch));
+            after = planned;
         }
     }
-    for (name, volume) in &state.volumes {
-        for &disk in state.disks.keys() {
-            if moves >= MOVES_MAX {
-                return commands;
-            }
-            let wanted = volume.chunks.iter().flatten().any(|slot| {
-                slot.disk == disk
-                    && slot.state != ReplicaState::InSync
-                    && (slot.no_space || leaving.contains(&disk))
-            });
-            if !wanted {
-                continue;
-            }
-            let mut to = planner::plan_moves(state, name, disk.0, !leaving.contains(&disk));
-            to.truncate(MOVES_MAX - moves);
-            if !to.is_empty() {
-                moves += to.len();
-                commands.push(Command::Move {
-                    name: name.clone(),
-                    generation: volume.generation,
-                    config: volume.config,
-                    from: disk.0,
-                    to,
-                });
-                // The next move of this volume is planned from what this one made of it.
-                break;
-            }
-        }
+    for &disk in state.disks.keys().filter(|disk| !leaving.contains(*disk)) {
+        commands.extend(moves(&mut after, disk, true, &mut room));
     }
     commands
 }
 
-/// Every replica on the disk has another one in sync elsewhere, and nothing is being rebuilt that could need it.
-fn safe_without(state: &State, disk: Disk) -> bool {
-    state
-        .volumes
-        .values()
-        .flat_map(|volume| &volume.chunks)
-        .all(|slots| {
-            let here = slots.iter().any(|slot| slot.disk == disk);
-            let in_sync = |slot: &&crate::state::Replica| slot.state == ReplicaState::InSync;
-            !here || slots.len() > 1 && slots.iter().filter(in_sync).count() == slots.len()
+/// Moves of what is on a disk and not in sync, or (`full`) of what the disk had no room for; `state` is as after them.
+fn moves(state: &mut Cow<'_, State>, disk: Disk, full: bool, room: &mut usize) -> Vec<Command> {
+    let wanted = |volume: &Volume| {
+        let mut slots = volume.chunks.iter().flatten();
+        slots.any(|slot| {
+            slot.disk == disk && slot.state != ReplicaState::InSync && (slot.no_space || !full)
         })
+    };
+    let volumes = state.volumes.iter().filter(|(_, volume)| wanted(volume));
+    let names: Vec<_> = volumes.map(|(name, _)| name.clone()).collect();
+    let mut commands = Vec::new();
+    for name in names {
+        let mut to = planner::plan_moves(state, &name, disk.0, full);
+        to.truncate(*room);
+        if to.is_empty() {
+            continue;
+        }
+        *room -= to.len();
+        let volume = &state.volumes[&name];
+        let command = Command::Move {
+            generation: volume.generation,
+            config: volume.config,
+            from: disk.0,
+            to,
+            name,
+        };
+        // One that is refused is so again when it is carried out, and is planned anew.
+        state.to_mut().apply(&command).ok();
+        commands.push(command);
+    }
+    commands
+}
+
+/// Every replica on the disk has others that are in sync and can be read now, and nothing is being rebuilt that could need it.
+fn safe_without(state: &State, disk: Disk, life: &impl Fn(NodeId) -> Life) -> bool {
+    let good = |slot: &Replica| {
+        let node = state.disks.get(&slot.disk).map(|record| record.node);
+        slot.state == ReplicaState::InSync
+            && (slot.disk == disk || node.is_some_and(|node| life(node) == Life::Alive))
+    };
+    let mut chunks = state.volumes.values().flat_map(|volume| &volume.chunks);
+    chunks.all(|slots| {
+        let here = slots.iter().any(|slot| slot.disk == disk);
+        !here || slots.len() > 1 && slots.iter().all(good)
+    })
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::state::VmSpec;
-    use unibody_dataplane::ids::DiskUuid;
+    use unibody_dataplane::config::{Change, Proposal};
+    use unibody_dataplane::ids::{BootId, DiskUuid, Generation, PowerId};
 
     const GIB: u64 = 1 << 30;
 
@@ -459,5 +486,82 @@ mod tests {
             .filter(|duty| matches!(duty, Duty::Do(Command::DiskOut { .. })))
             .count();
         assert_eq!(outs, 1, "{first:?}");
+    }
+
+    /// What owners do who reach every disk: all replicas are in sync in a moment.
+    fn heal(state: &mut State) {
+        let names: Vec<_> = state.volumes.keys().cloned().collect();
+        for name in names {
+            let stale: Vec<_> = {
+                let chunks = (0u32..).zip(&state.volumes[&name].chunks);
+                let slots = chunks.flat_map(|(chunk, slots)| slots.iter().map(move |slot| (chunk, slot)));
+                let stale = slots.filter(|(_, slot)| slot.state == ReplicaState::Stale);
+                stale.map(|(chunk, slot)| (chunk, slot.disk.0)).collect()
+            };
+            for (chunk, disk) in stale {
+                let chunks = vec![chunk];
+                for change in [
+                    Change::StartRebuild {
+                        disk,
+                        chunks: chunks.clone(),
+                    },
+                    Change::MarkInSync {
+                        disk,
+                        chunks,
+                        boot: BootId(0),
+                        power: PowerId(0),
+                    },
+                ] {
+                    let volume = &state.volumes[&name];
+                    let proposal = Proposal {
+                        generation: Generation(volume.generation),
+                        config: volume.config,
+                        change,
+                    };
+                    let name = name.clone();
+                    state.apply(&Command::Propose { name, proposal }).unwrap();
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn a_drained_node_becomes_empty_though_owners_heal_its_disks_at_once() {
+        let mut state = cluster(4);
+        volume(&mut state, "v", Some(2));
+        let drain = Command::Drain {
+            node: NodeId(1),
+            on: true,
+        };
+        state.apply(&drain).unwrap();
+        let alive = life(&[1, 2, 3, 4].map(|node| (node, Life::Alive)));
+        for _ in 0..20 {
+            for duty in duties(&state, &alive) {
+                let (Duty::Take(_, command) | Duty::Do(command)) = duty;
+                state.apply(&command).unwrap();
+                state.check().unwrap();
+                heal(&mut state);
+            }
+        }
+        assert!(state.disks.values().all(|disk| disk.node != NodeId(1)));
+        let remove = Command::RemoveNode { node: NodeId(1) };
+        state.apply(&remove).unwrap();
+    }
+
+    #[test]
+    fn a_disk_is_not_given_up_while_the_other_copies_can_not_be_read() {
+        let mut state = cluster(4);
+        volume(&mut state, "v", Some(2));
+        let drain = Command::Drain {
+            node: NodeId(1),
+            on: true,
+        };
+        state.apply(&drain).unwrap();
+        let alone = life(&[(1, Life::Alive), (2, Life::Silent), (3, Life::Silent), (4, Life::Silent)]);
+        let used: BTreeSet<_> = state.volumes["v"].chunks.iter().flatten().map(|slot| slot.disk.0).collect();
+        for duty in duties(&state, &alone) {
+            let Duty::Do(Command::DiskOut { disk }) = duty else { continue };
+            assert!(!used.contains(&disk), "{disk}");
+        }
     }
 }
