@@ -244,9 +244,7 @@ fn disks(state: &State, life: &impl Fn(NodeId) -> Life) -> Vec<Command> {
 fn moves(state: &mut Cow<'_, State>, disk: Disk, full: bool, room: &mut usize) -> Vec<Command> {
     let wanted = |volume: &Volume| {
         let mut slots = volume.chunks.iter().flatten();
-        slots.any(|slot| {
-            slot.disk == disk && slot.state != ReplicaState::InSync && (slot.no_space || !full)
-        })
+        slots.any(|slot| slot.disk == disk && slot.state != ReplicaState::InSync && (slot.no_space || !full))
     };
     let volumes = state.volumes.iter().filter(|(_, volume)| wanted(volume));
     let names: Vec<_> = volumes.map(|(name, _)| name.clone()).collect();
@@ -557,10 +555,22 @@ mod tests {
             on: true,
         };
         state.apply(&drain).unwrap();
-        let alone = life(&[(1, Life::Alive), (2, Life::Silent), (3, Life::Silent), (4, Life::Silent)]);
-        let used: BTreeSet<_> = state.volumes["v"].chunks.iter().flatten().map(|slot| slot.disk.0).collect();
+        let alone = life(&[
+            (1, Life::Alive),
+            (2, Life::Silent),
+            (3, Life::Silent),
+            (4, Life::Silent),
+        ]);
+        let used: BTreeSet<_> = state.volumes["v"]
+            .chunks
+            .iter()
+            .flatten()
+            .map(|slot| slot.disk.0)
+            .collect();
         for duty in duties(&state, &alone) {
-            let Duty::Do(Command::DiskOut { disk }) = duty else { continue };
+            let Duty::Do(Command::DiskOut { disk }) = duty else {
+                continue;
+            };
             assert!(!used.contains(&disk), "{disk}");
         }
     }

@@ -60,6 +60,8 @@ const JOINING: Duration = Duration::from_secs(60);
 const SILENT: Duration = Duration::from_secs(3);
 /// How long a clean end waits for I/O that does not end.
 const PATIENCE: Duration = Duration::from_secs(30);
+/// How long a clean end waits for a majority, which may have ended already.
+const LAST: Duration = Duration::from_secs(3);
 /// Time for one attempt to connect to a node.
 const DIAL: Duration = Duration::from_secs(2);
 /// Connections of users that wait to be served.
@@ -169,7 +171,7 @@ pub(crate) enum Input {
     /// Work on a VM has ended.
     Machine(String, Result<(), String>),
     /// The VMs that run here.
-    Machines(Result<Vec<String>, String>),
+    Machines(Result<machines::Running, String>),
     Request(LocalRequest, tokio::sync::oneshot::Sender<LocalAnswer>),
     Stop,
 }
@@ -678,9 +680,10 @@ impl Agent {
         }
         let quiet = !self.volumes.any();
         let closed = quiet && self.disks.close(&self.ground, end);
-        // What was proposed last, so that others need not wait for the lease to end.
-        self.ground.cluster.confirmed().ok();
         if let Some(runtime) = self.runtime.take() {
+            // What was proposed last, so that others need not wait for the lease to end.
+            let cluster = Arc::clone(&self.ground.cluster);
+            runtime.block_on(async move { tokio::time::timeout(LAST, cluster.confirmed_later()).await.ok() });
             runtime.shutdown_timeout(Duration::from_secs(2));
         }
         if closed {
