@@ -274,7 +274,10 @@ static void __attribute__((noreturn)) wait_for_the_button(void)
     for (;;) {
         /* An interrupt between the two instructions is taken at the second one. */
         __asm__ volatile("sti; hlt; cli" : : : "memory");
-        if (inw(0x600) & 0x100) power_off();
+        if (inw(0x600) & 0x100) {
+            put("UNIBODY-GUEST OK stopped\n");
+            power_off();
+        }
         outb(0xa0, 0x20);
         outb(0x20, 0x20);
     }

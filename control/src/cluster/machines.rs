@@ -87,6 +87,15 @@ impl Machines {
         self.running.iter().flat_map(BTreeMap::keys).cloned().collect()
     }
 
+    /// Ends all at once: this node is no longer one of the cluster.
+    pub(crate) fn end_all(&self) {
+        for name in self.host.running().unwrap_or_default() {
+            if let Err(error) = self.host.stop(&name, Duration::ZERO) {
+                eprintln!("unibody: VM {name}: {error}");
+            }
+        }
+    }
+
     pub(crate) fn worked(&mut self, name: &str, outcome: Result<(), String>) {
         let machine = self.machines.entry(name.to_owned()).or_default();
         machine.busy = false;

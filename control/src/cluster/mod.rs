@@ -388,10 +388,10 @@ impl Agent {
     /// When a disk could not be closed cleanly, or the node was removed.
     pub fn run(mut self) -> Result<(), AgentError> {
         let mut next_tick = Instant::now() + TICK;
-        loop {
+        while !self.ground.cluster.is_removed() {
             let patience = next_tick.saturating_duration_since(Instant::now());
             match self.inputs.recv_timeout(patience) {
-                Ok(Input::Stop) => break,
+                Ok(Input::Stop) => return self.shut_down(),
                 Ok(input) => self.input(input),
                 Err(mpsc::RecvTimeoutError::Timeout) => {
                     next_tick = Instant::now() + TICK;
@@ -400,7 +400,10 @@ impl Agent {
                 Err(mpsc::RecvTimeoutError::Disconnected) => unreachable!("the agent keeps a sender"),
             }
         }
-        self.shut_down()
+        // Nobody will come back to end them.
+        self.machines.end_all();
+        self.shut_down()?;
+        Err(ClusterError::Removed.into())
     }
 
     fn input(&mut self, input: Input) {
