@@ -13,6 +13,7 @@ pub(crate) type Target = fn(&[u8]);
 
 /// All of them, by the name of the program and of the corpus.
 pub(crate) const TARGETS: &[(&str, Target)] = &[
+    ("api_body", unibody_control::api::fuzz_body),
     ("control_call", unibody_control::raft::fuzz_call),
     ("control_log", unibody_control::raft::fuzz_log),
     ("control_snapshot", unibody_control::raft::fuzz_snapshot),

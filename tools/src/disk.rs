@@ -161,7 +161,12 @@ pub(crate) fn run(command: DiskCommand) -> Result<ExitCode> {
         DiskCommand::Remove { disk, node } => {
             node.cluster()?.delete(&format!("/v1/disks/{}", segment(&disk)))?;
         }
-        DiskCommand::Fault { disk, fault, on, node } => {
+        DiskCommand::Fault {
+            disk,
+            fault,
+            on,
+            node,
+        } => {
             let far = LocalRequest::DiskFault {
                 disk: disk.clone(),
                 fault: fault.clone(),

@@ -79,7 +79,8 @@ impl VmHost for Host {
             memory: spec.memory.0,
             volumes: spec.volumes.iter().map(|volume| volume.name.clone()).collect(),
         };
-        let definition = serde_json::to_string(&Definition { vmm, spec }).map_err(|error| error.to_string())?;
+        let definition =
+            serde_json::to_string(&Definition { vmm, spec }).map_err(|error| error.to_string())?;
         Ok((needs, definition))
     }
 
@@ -115,7 +116,9 @@ impl VmHost for Host {
         for name in self.0.names().map_err(|error| chain(&error))? {
             let Some(vmm) = self.find(&name)? else { continue };
             // One whose VMM does not answer may still run.
-            let ended = vmm.status(&name).is_ok_and(|status| matches!(status.phase, Phase::Ended(_)));
+            let ended = vmm
+                .status(&name)
+                .is_ok_and(|status| matches!(status.phase, Phase::Ended(_)));
             if !ended {
                 running.push(name);
             }
@@ -127,13 +130,17 @@ impl VmHost for Host {
 /// A definition from a file, as the API takes it: with the VMM of choice at its top.
 pub(crate) fn definition(path: &Path, vmm: Option<VmmKind>) -> anyhow::Result<(String, String)> {
     use anyhow::Context;
-    let text = std::fs::read_to_string(path).with_context(|| format!("{} can not be read", path.display()))?;
+    let text =
+        std::fs::read_to_string(path).with_context(|| format!("{} can not be read", path.display()))?;
     let mut table: toml::Table =
         toml::from_str(&text).with_context(|| format!("{} is not a VM's specification", path.display()))?;
     if let Some(vmm) = vmm {
         table.insert("vmm".into(), vmm.to_string().into());
     }
-    let name = table.get("name").and_then(toml::Value::as_str).unwrap_or_default();
+    let name = table
+        .get("name")
+        .and_then(toml::Value::as_str)
+        .unwrap_or_default();
     Ok((name.to_owned(), toml::to_string(&table)?))
 }
 
@@ -168,7 +175,12 @@ mod tests {
     #[test]
     fn what_only_one_node_would_understand_is_refused() {
         let socket = format!("{TEXT}socket = \"/run/x.sock\"");
-        assert!(host().check(&socket).unwrap_err().contains("leave out the socket"));
+        assert!(
+            host()
+                .check(&socket)
+                .unwrap_err()
+                .contains("leave out the socket")
+        );
         let relative = TEXT.replace("/boot", "boot");
         assert!(host().check(&relative).unwrap_err().contains("whole path"));
         assert!(host().check("vmm = 7").unwrap_err().contains("vmm"));

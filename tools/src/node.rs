@@ -191,14 +191,20 @@ fn run_node(dir: &Path, start: &Start) -> Result<()> {
     let host = Arc::new(Host(RuntimeRoot::new(runtime(&dir))));
     let mut agent = Agent::start(&dir, config, start, host.clone())?;
     api::serve(&mut agent, host);
-    eprintln!("unibody: node {} listens at {}", agent.config().name, agent.address());
+    eprintln!(
+        "unibody: node {} listens at {}",
+        agent.config().name,
+        agent.address()
+    );
     let handle = agent.handle();
-    std::thread::Builder::new().name("signals".into()).spawn(move || {
-        // The sender lives as long as the process.
-        if stop.recv().is_ok() {
-            handle.stop();
-        }
-    })?;
+    std::thread::Builder::new()
+        .name("signals".into())
+        .spawn(move || {
+            // The sender lives as long as the process.
+            if stop.recv().is_ok() {
+                handle.stop();
+            }
+        })?;
     println!("ready");
     agent.run()?;
     Ok(())

@@ -92,7 +92,10 @@ pub(crate) fn status(node: &NodeArgs, as_json: bool) -> Result<()> {
 
 fn print_cluster(client: &Client, status: &ClusterStatus) -> Result<()> {
     if !status.confirmed {
-        println!("No majority of the nodes answers: this is what {} knew last.\n", status.node);
+        println!(
+            "No majority of the nodes answers: this is what {} knew last.\n",
+            status.node
+        );
     }
     print_nodes(&status.nodes);
     println!();

@@ -40,14 +40,6 @@ pub(crate) enum Target {
 }
 
 impl NodeArgs {
-    /// The node in this directory.
-    pub(crate) fn dir(dir: &Path) -> Self {
-        NodeArgs {
-            node_dir: Some(dir.to_path_buf()),
-            ..NodeArgs::default()
-        }
-    }
-
     /// Whom this names.
     pub(crate) fn target(&self) -> Result<Target> {
         if let Some(address) = &self.api {
@@ -127,7 +119,10 @@ impl Client {
         answer: Result<ureq::http::Response<ureq::Body>, ureq::Error>,
     ) -> Result<T> {
         let mut answer = answer.with_context(|| {
-            format!("no node answers at {}: start it with `unibody node run`, or ask another", self.address)
+            format!(
+                "no node answers at {}: start it with `unibody node run`, or ask another",
+                self.address
+            )
         })?;
         let fine = answer.status().is_success();
         let body = answer.body_mut().with_config().limit(64 << 20).read_to_string()?;
@@ -140,22 +135,34 @@ impl Client {
     }
 
     pub(crate) fn get<T: DeserializeOwned>(&self, path: &str) -> Result<T> {
-        let request = self.agent.get(self.url(path)).header("authorization", self.bearer());
+        let request = self
+            .agent
+            .get(self.url(path))
+            .header("authorization", self.bearer());
         self.answer(request.call())
     }
 
     pub(crate) fn post<T: DeserializeOwned>(&self, path: &str, body: &impl Serialize) -> Result<T> {
-        let request = self.agent.post(self.url(path)).header("authorization", self.bearer());
+        let request = self
+            .agent
+            .post(self.url(path))
+            .header("authorization", self.bearer());
         self.answer(request.send_json(body))
     }
 
     pub(crate) fn put<T: DeserializeOwned>(&self, path: &str, body: &impl Serialize) -> Result<T> {
-        let request = self.agent.put(self.url(path)).header("authorization", self.bearer());
+        let request = self
+            .agent
+            .put(self.url(path))
+            .header("authorization", self.bearer());
         self.answer(request.send_json(body))
     }
 
     pub(crate) fn delete(&self, path: &str) -> Result<()> {
-        let request = self.agent.delete(self.url(path)).header("authorization", self.bearer());
+        let request = self
+            .agent
+            .delete(self.url(path))
+            .header("authorization", self.bearer());
         self.answer(request.call())
     }
 

@@ -156,7 +156,9 @@ fn json<T: serde::Serialize>(value: &T) -> Result<()> {
 
 pub(crate) fn run(args: VmArgs) -> Result<()> {
     let VmArgs { node, command } = args;
-    let root = node.runtime().map_or_else(RuntimeRoot::from_env, RuntimeRoot::new);
+    let root = node
+        .runtime()
+        .map_or_else(RuntimeRoot::from_env, RuntimeRoot::new);
     let command = match node.target()? {
         Target::Cluster(client) => match in_cluster(&client, command)? {
             None => return Ok(()),
@@ -256,7 +258,12 @@ fn in_cluster(client: &Client, command: VmCommand) -> Result<Option<VmCommand>> 
         }
         VmCommand::Stop { name, patience } => {
             client.post::<()>(&format!("{}/stop", path(&name)), &())?;
-            until(client, &name, "stopped", patience.duration() + Duration::from_secs(10))?;
+            until(
+                client,
+                &name,
+                "stopped",
+                patience.duration() + Duration::from_secs(10),
+            )?;
             println!("{name}: stopped");
         }
         VmCommand::Delete { name } => client.delete(&path(&name))?,
@@ -277,7 +284,10 @@ fn until(client: &Client, name: &str, state: &str, patience: Duration) -> Result
             return Ok(vm.node);
         }
         if Instant::now() >= end {
-            bail!("VM {name} is {}: look at `unibody status` and at the output of its node", vm.state);
+            bail!(
+                "VM {name} is {}: look at `unibody status` and at the output of its node",
+                vm.state
+            );
         }
         std::thread::sleep(LOOK);
     }

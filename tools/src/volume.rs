@@ -95,7 +95,10 @@ pub(crate) fn run(command: VolumeCommand) -> Result<()> {
         VolumeCommand::Resize { name, size, node } => match node.target()? {
             Target::Alone(control) => drop(call(&control, &Request::VolumeResize { name, size })?),
             Target::Cluster(client) => {
-                client.post::<()>(&format!("/v1/volumes/{}/resize", segment(&name)), &Resize { size })?;
+                client.post::<()>(
+                    &format!("/v1/volumes/{}/resize", segment(&name)),
+                    &Resize { size },
+                )?;
             }
         },
         VolumeCommand::Delete { name, node } => match node.target()? {

@@ -47,9 +47,14 @@ pub(super) async fn create_volume(State(api): State<Api>, Given(new): Given<NewV
     for plan in 1.. {
         let (view, _) = api.view().await;
         let state = &*view.state;
-        let near = new.near.as_deref().map(|name| find_node(state, name)).transpose()?;
+        let near = new
+            .near
+            .as_deref()
+            .map(|name| find_node(state, name))
+            .transpose()?;
         let stripe_width = new.stripe_width.unwrap_or_else(|| planner::default_width(state));
-        let geometry = Geometry::new(new.stripe_unit, stripe_width).map_err(|error| wrong(error.to_string()))?;
+        let geometry =
+            Geometry::new(new.stripe_unit, stripe_width).map_err(|error| wrong(error.to_string()))?;
         if !(1..=3).contains(&new.mirror) {
             return Err(Refused::Mirror(new.mirror).into());
         }
@@ -102,23 +107,38 @@ pub(super) async fn resize_volume(
     if size == 0 || size > crate::state::VOLUME_BYTES_MAX {
         return Err(Refused::Size(size).into());
     }
-    let more = volume.geometry().chunks(size).saturating_sub(volume.chunks.len() as u32);
+    let more = volume
+        .geometry()
+        .chunks(size)
+        .saturating_sub(volume.chunks.len() as u32);
     let chunks =
         planner::plan_chunks(state, more, volume.mirror).map_err(|error| conflict(error.to_string()))?;
-    api.propose(Command::ResizeVolume { name, size, chunks }).await.map(done)
+    api.propose(Command::ResizeVolume { name, size, chunks })
+        .await
+        .map(done)
 }
 
 /// Deletes a volume and everything in it.
 #[utoipa::path(delete, path = "/v1/volumes/{name}", params(("name" = String, Path)), responses((status = 204), (status = "4XX", body = super::types::Problem)))]
 pub(super) async fn delete_volume(State(api): State<Api>, Path(name): Path<String>) -> Done {
     let (view, _) = api.view().await;
-    let volume = view.state.volumes.get(&name).ok_or(Refused::NoVolume(name.clone()))?;
+    let volume = view
+        .state
+        .volumes
+        .get(&name)
+        .ok_or(Refused::NoVolume(name.clone()))?;
     // A guest on it would be left without: its owner knows, if it answers.
     if let Some(owner) = volume.owner
         && let Some(found) = of_volume(&api, &view.state, owner, &name).await
-        && found.counters.get("connected").is_some_and(|connected| *connected != 0)
+        && found
+            .counters
+            .get("connected")
+            .is_some_and(|connected| *connected != 0)
     {
-        let why = format!("volume {name} is in use on node {}: stop the VM first", name_of(&view.state, owner));
+        let why = format!(
+            "volume {name} is in use on node {}: stop the VM first",
+            name_of(&view.state, owner)
+        );
         return Err(conflict(why));
     }
     api.propose(Command::DeleteVolume { name }).await.map(done)
@@ -144,7 +164,11 @@ pub(super) async fn attach_volume(
         let (view, _) = api.view().await;
         let state = &*view.state;
         let volume = state.volumes.get(&name).ok_or(Refused::NoVolume(name.clone()))?;
-        let wanted = on.node.as_deref().map(|node| find_node(state, node)).transpose()?;
+        let wanted = on
+            .node
+            .as_deref()
+            .map(|node| find_node(state, node))
+            .transpose()?;
         let to = wanted.or(volume.owner).unwrap_or(api.0.me);
         match volume.owner {
             Some(owner) if owner == to => {
@@ -175,7 +199,10 @@ pub(super) async fn attach_volume(
             }
         }
         if Instant::now() >= end {
-            let why = format!("volume {name} is not served on node {} yet: see `unibody status`", name_of(state, to));
+            let why = format!(
+                "volume {name} is not served on node {} yet: see `unibody status`",
+                name_of(state, to)
+            );
             return Err(Failure(StatusCode::SERVICE_UNAVAILABLE, why));
         }
         tokio::time::sleep(LOOK).await;
@@ -191,7 +218,10 @@ pub(super) async fn define_vm(
 ) -> Done {
     let (needs, definition) = api.0.host.check(&definition).map_err(wrong)?;
     if needs.name != name {
-        return Err(wrong(format!("the definition is of a VM {}, not {name}", needs.name)));
+        return Err(wrong(format!(
+            "the definition is of a VM {}, not {name}",
+            needs.name
+        )));
     }
     let (view, _) = api.view().await;
     let known = view.state.vms.get(&name);
@@ -210,11 +240,19 @@ pub(super) async fn define_vm(
 
 /// Has a VM run, on a node of choice or wherever there is room, from now on and after every failure of a node.
 #[utoipa::path(post, path = "/v1/vms/{name}/start", params(("name" = String, Path)), request_body = OnNode, responses((status = 204), (status = "4XX", body = super::types::Problem)))]
-pub(super) async fn start_vm(State(api): State<Api>, Path(name): Path<String>, Given(on): Given<OnNode>) -> Done {
+pub(super) async fn start_vm(
+    State(api): State<Api>,
+    Path(name): Path<String>,
+    Given(on): Given<OnNode>,
+) -> Done {
     let (view, _) = api.view().await;
     let state = &*view.state;
     let vm = state.vms.get(&name).ok_or(Refused::NoVm(name.clone()))?;
-    let wanted = on.node.as_deref().map(|node| find_node(state, node)).transpose()?;
+    let wanted = on
+        .node
+        .as_deref()
+        .map(|node| find_node(state, node))
+        .transpose()?;
     let run = Command::UpdateVm {
         name: name.clone(),
         vm: VmSpec {
@@ -327,7 +365,10 @@ async fn disk_added(
     let name = spec.split(',').next().unwrap_or(spec);
     let end = Instant::now() + DO;
     while Instant::now() < end {
-        let value = api.ask(state, node, LocalRequest::Status).await.map_err(conflict)?;
+        let value = api
+            .ask(state, node, LocalRequest::Status)
+            .await
+            .map_err(conflict)?;
         let status: NodeStatus =
             serde_json::from_value(value).map_err(|error| conflict(error.to_string()))?;
         // One in memory has a name that only its node knows: the last one is new.

@@ -18,8 +18,8 @@ pub(super) async fn metrics(State(api): State<Api>) -> Result<Response, Failure>
     let view = api.0.cluster.view();
     let said = api.ask(&view.state, api.0.me, LocalRequest::Status).await;
     let unavailable = |why: String| Failure(axum::http::StatusCode::SERVICE_UNAVAILABLE, why);
-    let status: NodeStatus = serde_json::from_value(said.map_err(unavailable)?)
-        .map_err(|error| unavailable(error.to_string()))?;
+    let status: NodeStatus =
+        serde_json::from_value(said.map_err(unavailable)?).map_err(|error| unavailable(error.to_string()))?;
     let text = text(&status, &api.0.cluster.status());
     let kind = [(header::CONTENT_TYPE, "text/plain; version=0.0.4")];
     Ok((kind, text).into_response())
@@ -50,14 +50,20 @@ impl Samples {
 
 /// As a label's value has to be written.
 fn escaped(text: &str) -> String {
-    text.replace('\\', "\\\\").replace('"', "\\\"").replace('\n', "\\n")
+    text.replace('\\', "\\\\")
+        .replace('"', "\\\"")
+        .replace('\n', "\\n")
 }
 
 fn text(status: &NodeStatus, raft: &raft::Status) -> String {
     let mut samples = Samples::default();
     for disk in &status.disks {
         let labels = [("disk", disk.name.as_str()), ("uuid", disk.uuid.as_str())];
-        samples.add("unibody_disk_up".into(), &labels, u64::from(disk.state == "online"));
+        samples.add(
+            "unibody_disk_up".into(),
+            &labels,
+            u64::from(disk.state == "online"),
+        );
         samples.add("unibody_disk_capacity_bytes".into(), &labels, disk.capacity);
         samples.add("unibody_disk_free_bytes".into(), &labels, disk.free);
         samples.counters("disk", &labels, &disk.counters);
@@ -67,7 +73,11 @@ fn text(status: &NodeStatus, raft: &raft::Status) -> String {
         samples.add("unibody_volume_size_bytes".into(), &labels, volume.size);
         samples.add("unibody_volume_replicas".into(), &labels, volume.replicas);
         samples.add("unibody_volume_replicas_in_sync".into(), &labels, volume.in_sync);
-        samples.add("unibody_volume_regions_to_heal".into(), &labels, volume.regions_to_heal);
+        samples.add(
+            "unibody_volume_regions_to_heal".into(),
+            &labels,
+            volume.regions_to_heal,
+        );
         samples.counters("volume", &labels, &volume.counters);
     }
     for reactor in &status.reactors {
@@ -78,7 +88,11 @@ fn text(status: &NodeStatus, raft: &raft::Status) -> String {
     samples.add("unibody_raft_term".into(), &[], raft.term);
     samples.add("unibody_raft_applied".into(), &[], raft.applied);
     samples.add("unibody_raft_last".into(), &[], raft.last);
-    samples.add("unibody_raft_leads".into(), &[], u64::from(raft.leader == Some(raft.node)));
+    samples.add(
+        "unibody_raft_leads".into(),
+        &[],
+        u64::from(raft.leader == Some(raft.node)),
+    );
     samples.add("unibody_raft_proposals_answered".into(), &[], raft.proposals.0);
     samples.add("unibody_raft_proposals_unknown".into(), &[], raft.proposals.1);
     let mut text = String::new();
@@ -86,7 +100,11 @@ fn text(status: &NodeStatus, raft: &raft::Status) -> String {
         // Which of them only grow is not known here, and the form has a word for that.
         writeln!(text, "# TYPE {metric} untyped").expect("a string takes everything");
         for (labels, value) in values {
-            let labels = if labels.is_empty() { String::new() } else { format!("{{{labels}}}") };
+            let labels = if labels.is_empty() {
+                String::new()
+            } else {
+                format!("{{{labels}}}")
+            };
             writeln!(text, "{metric}{labels} {value}").expect("a string takes everything");
         }
     }

@@ -146,6 +146,26 @@ pub fn document() -> String {
         + "\n"
 }
 
+/// Any bytes as the body of each request: what is understood can be said again and means the same. For the fuzzer.
+#[doc(hidden)]
+pub fn fuzz_body(bytes: &[u8]) {
+    fn body<T: serde::de::DeserializeOwned + serde::Serialize + PartialEq + std::fmt::Debug>(bytes: &[u8]) {
+        if let Ok(value) = serde_json::from_slice::<T>(bytes) {
+            let again = serde_json::to_vec(&value).expect("a body has string keys only");
+            assert_eq!(
+                value,
+                serde_json::from_slice(&again).expect("what was written can be read")
+            );
+        }
+    }
+    body::<types::NewVolume>(bytes);
+    body::<types::Resize>(bytes);
+    body::<types::OnNode>(bytes);
+    body::<types::VmDefinition>(bytes);
+    body::<types::Drain>(bytes);
+    body::<LocalRequest>(bytes);
+}
+
 /// Serves the users of a node for as long as it runs.
 ///
 /// # Panics
@@ -208,7 +228,12 @@ fn router(api: Api) -> Router {
         .route("/v1/disks/{disk}", delete(act::remove_disk))
         .route("/v1/openapi.json", get(async || document()))
         .route("/metrics", get(metrics::metrics))
-        .fallback(async || Failure(StatusCode::NOT_FOUND, "there is nothing here: see /v1/openapi.json".into()))
+        .fallback(async || {
+            Failure(
+                StatusCode::NOT_FOUND,
+                "there is nothing here: see /v1/openapi.json".into(),
+            )
+        })
         .layer(DefaultBodyLimit::max(BODY_MAX))
         .layer(axum::middleware::from_fn_with_state(api.clone(), admit))
         .with_state(api)

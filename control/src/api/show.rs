@@ -93,7 +93,12 @@ fn disks(state: &Control, said: &Said) -> Vec<DiskSummary> {
         let status = found.cloned().unwrap_or_else(|| DiskStatus {
             uuid: uuid.clone(),
             domain: state.domain_of(*disk).unwrap_or_default().to_owned(),
-            state: if of_node.is_some() { "missing" } else { "unreachable" }.into(),
+            state: if of_node.is_some() {
+                "missing"
+            } else {
+                "unreachable"
+            }
+            .into(),
             capacity: record.bytes,
             ..DiskStatus::default()
         });
@@ -196,7 +201,9 @@ impl Seen {
         Seen {
             nodes: nodes.map(|node| (node.name.clone(), node)).collect(),
             disks: disks.map(|disk| (disk.disk.uuid.clone(), disk)).collect(),
-            volumes: volumes.map(|volume| (volume.volume.name.clone(), volume)).collect(),
+            volumes: volumes
+                .map(|volume| (volume.volume.name.clone(), volume))
+                .collect(),
             vms: vms.map(|vm| (vm.name.clone(), vm)).collect(),
         }
     }
@@ -217,7 +224,9 @@ fn changed<T: Clone + PartialEq>(
     now: &BTreeMap<String, T>,
 ) -> BTreeMap<String, Option<T>> {
     let gone = before.keys().filter(|name| !now.contains_key(*name));
-    let differs = now.iter().filter(|(name, value)| before.get(*name) != Some(value));
+    let differs = now
+        .iter()
+        .filter(|(name, value)| before.get(*name) != Some(value));
     let mut changes: BTreeMap<_, _> = gone.map(|name| (name.clone(), None)).collect();
     changes.extend(differs.map(|(name, value)| (name.clone(), Some(value.clone()))));
     changes

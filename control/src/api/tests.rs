@@ -1,1 +1,405 @@
-//! Tests of the API.
+//! Tests of the API: a whole node, and what its users see over HTTP.
+
+use std::io::{BufRead, BufReader};
+use std::path::PathBuf;
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use serde_json::{Value, json};
+
+use super::*;
+use crate::cluster::vms::VmNeeds;
+use crate::cluster::{AgentError, NodeConfig, NodeSetup};
+use crate::raft::Start;
+
+/// VMs that run nowhere: what is started runs until it is stopped. A definition is `NAME MEMORY VOLUME...`.
+#[derive(Default)]
+struct Shelf(std::sync::Mutex<Vec<String>>);
+
+impl VmHost for Shelf {
+    fn check(&self, text: &str) -> Result<(VmNeeds, String), String> {
+        let mut words = text.split(' ').map(str::to_owned);
+        let (name, memory) = (words.next(), words.next());
+        let (Some(name), Some(Ok(memory))) = (name, memory.map(|memory| memory.parse())) else {
+            return Err("that is no VM".into());
+        };
+        let definition = json!({ "name": name }).to_string();
+        let needs = VmNeeds {
+            name,
+            memory,
+            volumes: words.collect(),
+        };
+        Ok((needs, definition))
+    }
+
+    fn start(&self, definition: &str, volumes: &[(String, PathBuf)]) -> Result<(), String> {
+        assert!(volumes.iter().all(|(_, socket)| socket.exists()));
+        let definition: Value = serde_json::from_str(definition).unwrap();
+        let name = definition["name"].as_str().unwrap();
+        self.0.lock().unwrap().push(name.to_owned());
+        Ok(())
+    }
+
+    fn stop(&self, name: &str, _: Duration) -> Result<(), String> {
+        self.0.lock().unwrap().retain(|other| other != name);
+        Ok(())
+    }
+
+    fn running(&self) -> Result<Vec<String>, String> {
+        Ok(self.0.lock().unwrap().clone())
+    }
+}
+
+/// A node by itself that is a whole cluster.
+struct Node {
+    _dir: tempfile::TempDir,
+    address: String,
+    token: String,
+    handle: AgentHandle,
+    running: Option<JoinHandle<Result<(), AgentError>>>,
+}
+
+impl Node {
+    fn start() -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let address = {
+            let free = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+            free.local_addr().unwrap().to_string()
+        };
+        let setup = NodeSetup {
+            name: "n1".into(),
+            listen: address.clone(),
+            address: address.clone(),
+            domain: None,
+            memory: 1 << 30,
+            cores: vec![0],
+            cache_bytes: 1 << 20,
+            disks: vec!["mem:256M,domain=a".into(), "mem:256M,domain=b".into()],
+            faults: false,
+            out_after: Duration::from_secs(600),
+        };
+        let config = NodeConfig::make(dir.path(), setup, None).unwrap();
+        let token = config.api_token();
+        let host = Arc::new(Shelf::default());
+        let mut agent = Agent::start(dir.path(), config, &Start::Init, host.clone()).unwrap();
+        serve(&mut agent, host);
+        let node = Node {
+            _dir: dir,
+            address,
+            token,
+            handle: agent.handle(),
+            running: Some(std::thread::spawn(move || agent.run())),
+        };
+        node.wait("its disks are in service", |status| {
+            let disks = status["disks"].as_array().unwrap();
+            disks.len() == 2 && disks.iter().all(|disk| disk["state"] == "online")
+        });
+        node
+    }
+
+    fn ask(&self, method: &str, path: &str, token: &str, body: Option<&str>) -> (u16, String) {
+        let agent: ureq::Agent = ureq::Agent::config_builder()
+            .http_status_as_error(false)
+            .proxy(None)
+            .build()
+            .into();
+        let request = ureq::http::Request::builder()
+            .method(method)
+            .uri(format!("http://{}{path}", self.address))
+            .header("authorization", format!("Bearer {token}"))
+            .header("content-type", "application/json");
+        let mut answer = match body {
+            Some(body) => agent.run(request.body(body.to_owned()).unwrap()),
+            None => agent.run(request.body(()).unwrap()),
+        }
+        .unwrap();
+        (
+            answer.status().as_u16(),
+            answer.body_mut().read_to_string().unwrap(),
+        )
+    }
+
+    fn get(&self, path: &str) -> Value {
+        let (status, body) = self.ask("GET", path, &self.token, None);
+        assert_eq!(status, 200, "{body}");
+        serde_json::from_str(&body).unwrap()
+    }
+
+    fn send(&self, method: &str, path: &str, body: &Value) -> (u16, Value) {
+        let (status, body) = self.ask(method, path, &self.token, Some(&body.to_string()));
+        (status, serde_json::from_str(&body).unwrap_or(Value::Null))
+    }
+
+    fn done(&self, method: &str, path: &str, body: &Value) {
+        let answer = self.send(method, path, body);
+        assert!((200..300).contains(&answer.0), "{method} {path}: {answer:?}");
+    }
+
+    fn wait(&self, what: &str, is_so: impl Fn(&Value) -> bool) {
+        let end = Instant::now() + Duration::from_secs(30);
+        loop {
+            let status = self.get("/v1/status");
+            if is_so(&status) {
+                return;
+            }
+            assert!(Instant::now() < end, "not within 30 s: {what}: {status}");
+            std::thread::sleep(Duration::from_millis(20));
+        }
+    }
+}
+
+impl Drop for Node {
+    fn drop(&mut self) {
+        self.handle.stop();
+        let ended = self.running.take().unwrap().join();
+        if !std::thread::panicking() {
+            ended.unwrap().unwrap();
+        }
+    }
+}
+
+#[test]
+fn without_the_token_nothing_is_told_and_nothing_done() {
+    let node = Node::start();
+    for path in ["/v1/status", "/metrics", "/v1/openapi.json", "/nothing"] {
+        for token in ["", "x", &node.token[1..]] {
+            let (status, body) = node.ask("GET", path, token, None);
+            assert_eq!(status, 401, "{path}: {body}");
+            assert!(body.contains("unibody node token"), "{body}");
+        }
+    }
+    let new = json!({ "name": "v", "size": 1 << 20, "mirror": 1 }).to_string();
+    assert_eq!(node.ask("POST", "/v1/volumes", "", Some(&new)).0, 401);
+    assert_eq!(node.get("/v1/status")["volumes"], json!([]));
+}
+
+#[test]
+fn a_volume_lives_and_its_changes_are_streamed() {
+    let node = Node::start();
+    let stream = ureq::get(format!("http://{}/v1/watch", node.address))
+        .header("authorization", format!("Bearer {}", node.token))
+        .call()
+        .unwrap();
+    let mut lines = BufReader::new(stream.into_body().into_reader()).lines();
+    let mut next = move || -> Value { serde_json::from_str(&lines.next().unwrap().unwrap()).unwrap() };
+    let first = next();
+    assert_eq!(
+        first["nodes"]["n1"]["id"],
+        node.get("/v1/status")["nodes"][0]["id"]
+    );
+    assert_eq!(first["disks"].as_object().unwrap().len(), 2);
+
+    let new = json!({ "name": "v", "size": 64 << 20, "near": "n1" });
+    node.done("POST", "/v1/volumes", &new);
+    let made = std::iter::repeat_with(&mut next).find(|line| line["volumes"]["v"].is_object());
+    assert_eq!(made.unwrap()["volumes"]["v"]["size"], 64 << 20);
+    let (status, problem) = node.send("POST", "/v1/volumes", &new);
+    assert_eq!(
+        (status, problem["error"].as_str()),
+        (409, Some("there is a volume v already"))
+    );
+
+    let (status, attached) = node.send("POST", "/v1/volumes/v/attach", &json!({ "node": "n1" }));
+    assert_eq!((status, &attached["node"]), (200, &json!("n1")));
+    assert!(std::path::Path::new(attached["socket"].as_str().unwrap()).exists());
+    node.done("POST", "/v1/volumes/v/resize", &json!({ "size": 128 << 20 }));
+    node.wait("it has its new size", |status| {
+        status["volumes"][0]["size"] == 128 << 20
+    });
+    assert_eq!(
+        node.send("POST", "/v1/volumes/v/resize", &json!({ "size": 64 << 20 }))
+            .0,
+        400
+    );
+
+    assert_eq!(node.ask("DELETE", "/v1/volumes/v", &node.token, None).0, 204);
+    let gone = std::iter::repeat_with(&mut next).find(|line| line["volumes"]["v"].is_null());
+    assert!(gone.is_some_and(|line| line["volumes"].as_object().unwrap().contains_key("v")));
+    assert_eq!(node.ask("DELETE", "/v1/volumes/v", &node.token, None).0, 404);
+}
+
+#[test]
+fn what_makes_no_sense_is_refused_and_changes_nothing() {
+    let node = Node::start();
+    let before = node.get("/v1/status");
+    let refused = [
+        ("POST", "/v1/volumes", json!({ "name": "v" }), 422),
+        ("POST", "/v1/volumes", json!({ "name": "v", "size": "1G" }), 422),
+        (
+            "POST",
+            "/v1/volumes",
+            json!({ "name": "v", "size": 4096, "speed": 9 }),
+            422,
+        ),
+        ("POST", "/v1/volumes", json!({ "name": "v", "size": 0 }), 400),
+        (
+            "POST",
+            "/v1/volumes",
+            json!({ "name": "v", "size": u64::MAX }),
+            400,
+        ),
+        (
+            "POST",
+            "/v1/volumes",
+            json!({ "name": "v", "size": 4096, "mirror": 0 }),
+            400,
+        ),
+        (
+            "POST",
+            "/v1/volumes",
+            json!({ "name": "v", "size": 4096, "mirror": 3 }),
+            409,
+        ),
+        (
+            "POST",
+            "/v1/volumes",
+            json!({ "name": "v", "size": 4096, "stripe_unit": 5 }),
+            400,
+        ),
+        (
+            "POST",
+            "/v1/volumes",
+            json!({ "name": "v", "size": 4096, "near": "n9" }),
+            404,
+        ),
+        ("POST", "/v1/volumes", json!({ "name": "a/b", "size": 4096 }), 400),
+        ("POST", "/v1/volumes/v/attach", json!({}), 404),
+        ("PUT", "/v1/vms/m", json!({ "definition": "m" }), 400),
+        ("PUT", "/v1/vms/m", json!({ "definition": "other 1" }), 400),
+        ("PUT", "/v1/vms/m", json!({ "definition": "m 1 nothing" }), 404),
+        ("POST", "/v1/vms/m/start", json!({}), 404),
+        ("DELETE", "/v1/nodes/n9", json!({}), 404),
+        ("DELETE", "/v1/nodes/n1", json!({}), 409),
+        ("DELETE", "/v1/disks/0", json!({}), 404),
+        (
+            "POST",
+            "/v1/nodes/n1/command",
+            json!({ "command": "explode" }),
+            422,
+        ),
+        (
+            "POST",
+            "/v1/nodes/n1/command",
+            json!({ "command": "disk-fail", "disk": "x" }),
+            409,
+        ),
+        (
+            "POST",
+            "/v1/nodes/n1/command",
+            json!({ "command": "disk-add", "spec": "d.img" }),
+            409,
+        ),
+        ("POST", "/v1/nothing", json!({}), 404),
+    ];
+    for (method, path, body, wanted) in refused {
+        let (status, problem) = node.send(method, path, &body);
+        assert_eq!(status, wanted, "{method} {path} {body}: {problem}");
+        assert!(
+            problem["error"].as_str().is_some_and(|text| !text.is_empty()),
+            "{path}: {problem}"
+        );
+    }
+    let long = "x".repeat(BODY_MAX + 1);
+    assert_eq!(node.ask("POST", "/v1/volumes", &node.token, Some(&long)).0, 413);
+    assert_eq!(node.ask("POST", "/v1/volumes", &node.token, Some("{")).0, 400);
+    let after = node.get("/v1/status");
+    for what in ["nodes", "volumes", "vms"] {
+        assert_eq!(after[what], before[what]);
+    }
+    assert_eq!(after["disks"].as_array().unwrap().len(), 2);
+}
+
+#[test]
+fn a_disk_that_can_not_be_used_is_not_kept_and_another_is() {
+    let node = Node::start();
+    let add = json!({ "command": "disk-add", "spec": "/nonexistent/d.img" });
+    let (status, problem) = node.send("POST", "/v1/nodes/n1/command", &add);
+    assert_eq!(status, 409, "{problem}");
+    assert_eq!(node.get("/v1/status")["disks"].as_array().unwrap().len(), 2);
+    let add = json!({ "command": "disk-add", "spec": "mem:128M,domain=c" });
+    let (status, disk) = node.send("POST", "/v1/nodes/n1/command", &add);
+    assert_eq!((status, &disk["state"]), (200, &json!("online")), "{disk}");
+    let path = format!("/v1/disks/{}", disk["uuid"].as_str().unwrap());
+    node.done("DELETE", &path, &json!({}));
+    node.wait("the removed disk is gone", |status| {
+        status["disks"].as_array().unwrap().len() == 2
+    });
+}
+
+#[test]
+fn a_vm_runs_until_it_is_stopped() {
+    let node = Node::start();
+    node.done("POST", "/v1/volumes", &json!({ "name": "root", "size": 8 << 20 }));
+    node.done("PUT", "/v1/vms/m", &json!({ "definition": "m 1000000 root" }));
+    let is = |state: &'static str| move |status: &Value| status["vms"][0]["state"] == state;
+    node.wait("it is known", is("stopped"));
+    node.done("POST", "/v1/vms/m/start", &json!({ "node": "n1" }));
+    node.wait("it runs", is("running"));
+    assert_eq!(node.ask("DELETE", "/v1/vms/m", &node.token, None).0, 409);
+    assert_eq!(node.ask("DELETE", "/v1/volumes/root", &node.token, None).0, 409);
+    node.done("POST", "/v1/vms/m/stop", &json!({}));
+    node.wait("it is stopped", is("stopped"));
+    assert_eq!(node.ask("DELETE", "/v1/vms/m", &node.token, None).0, 204);
+    let huge = format!("big {} root", 2u64 << 30);
+    node.done("PUT", "/v1/vms/big", &json!({ "definition": huge }));
+    assert_eq!(
+        node.send("POST", "/v1/vms/big/start", &json!({ "node": "n1" })).0,
+        409
+    );
+    node.done("POST", "/v1/vms/big/start", &json!({}));
+    node.wait("it has no room", is("waiting"));
+}
+
+#[test]
+fn counters_are_in_the_form_that_prometheus_reads() {
+    let node = Node::start();
+    node.done("POST", "/v1/volumes", &json!({ "name": "v", "size": 8 << 20 }));
+    node.wait("it is served", |status| {
+        status["volumes"][0]["socket"].is_string()
+    });
+    let (status, text) = node.ask("GET", "/metrics", &node.token, None);
+    assert_eq!(status, 200);
+    let mut known = std::collections::BTreeSet::new();
+    for line in text.lines() {
+        if let Some(kind) = line.strip_prefix("# TYPE ") {
+            assert!(
+                known.insert(kind.split(' ').next().unwrap().to_owned()),
+                "twice: {line}"
+            );
+            continue;
+        }
+        let (name, value) = line.rsplit_once(' ').unwrap();
+        value.parse::<u64>().unwrap();
+        let metric = name.split('{').next().unwrap();
+        assert!(known.contains(metric), "{line} before its type");
+    }
+    assert!(
+        text.contains("unibody_volume_size_bytes{volume=\"v\"} 8388608\n"),
+        "{text}"
+    );
+    assert!(text.contains("unibody_raft_leads 1\n"), "{text}");
+}
+
+/// The text is a promise to programs that were made from it: who changes it says so by changing the file.
+#[test]
+fn the_openapi_text_is_the_one_that_is_checked_in() {
+    let path = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../docs/formats/openapi.json");
+    let now = document();
+    if std::env::var_os("UNIBODY_WRITE_OPENAPI").is_some() {
+        std::fs::write(&path, &now).unwrap();
+    }
+    let kept = std::fs::read_to_string(&path).unwrap_or_default();
+    assert!(
+        kept == now,
+        "docs/formats/openapi.json is old: set UNIBODY_WRITE_OPENAPI=1 and run this test"
+    );
+    let document: Value = serde_json::from_str(&now).unwrap();
+    for path in [
+        "/v1/status",
+        "/v1/volumes/{name}/attach",
+        "/v1/nodes/{node}/command",
+        "/metrics",
+    ] {
+        assert!(document["paths"][path].is_object(), "{path}");
+    }
+}

@@ -59,7 +59,9 @@ impl Disks {
             return Err(AgentError::Wrong(format!("a node has at most {DISKS_MAX} disks")));
         }
         let same = |bay: &&Bay| {
-            !bay.gone && node::is_path(&spec).is_some() && node::is_path(&bay.disk.spec) == node::is_path(&spec)
+            !bay.gone
+                && node::is_path(&spec).is_some()
+                && node::is_path(&bay.disk.spec) == node::is_path(&spec)
         };
         if let Some(twin) = self.bays.iter().find(same) {
             return Err(AgentError::Wrong(format!(
@@ -281,7 +283,9 @@ impl Disks {
             for bay in self.bays.iter_mut().filter(|bay| bay.disk.up.is_some()) {
                 if let Some(uuid) = bay.disk.uuid {
                     let placed = before.replicas_on(uuid);
-                    bay.disk.found.extend(placed.filter(|chunk| state.orphan(uuid, chunk).is_some()));
+                    bay.disk
+                        .found
+                        .extend(placed.filter(|chunk| state.orphan(uuid, chunk).is_some()));
                 }
             }
         }
@@ -331,11 +335,10 @@ impl Disks {
             .filter(|bay| !bay.gone)
             .map(|bay| bay.disk.name.clone())
             .collect();
-        let found = self
-            .bays
-            .iter_mut()
-            .filter(|bay| !bay.gone)
-            .find(|bay| bay.disk.name == name || bay.disk.uuid.is_some_and(|uuid| uuid.to_string() == name));
+        let found =
+            self.bays.iter_mut().filter(|bay| !bay.gone).find(|bay| {
+                bay.disk.name == name || bay.disk.uuid.is_some_and(|uuid| uuid.to_string() == name)
+            });
         found.ok_or_else(|| {
             AgentError::Wrong(format!(
                 "there is no disk {name} here; there are {}",

@@ -6,9 +6,10 @@
 //!
 //! * `config`: what the node remembers of itself, and the token to join by
 //! * `door`: the one port of the node
+//! * `peers`: where the other nodes are, and the connections to their disks
 //! * `disks`, `volumes`, `machines`: what the state says of this node's disks, volumes and VMs, and what is done about it
 //! * `proposer`: how proposals reach Raft
-//! * `leader`: what is done for the whole cluster by the node that leads
+//! * `leader`, `lead`: what is done for the whole cluster by the node that leads, and its thread
 //! * `vms`: what runs the VMs, from outside
 //!
 //! Invariants:
@@ -19,16 +20,17 @@
 mod config;
 mod disks;
 mod door;
+mod lead;
 mod leader;
 mod machines;
+mod peers;
 mod proposer;
 pub mod vms;
 mod volumes;
 
-use std::collections::{BTreeMap, BTreeSet};
-use std::net::{SocketAddr, TcpListener, TcpStream, ToSocketAddrs};
+use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, PoisonError, mpsc};
+use std::sync::{Arc, mpsc};
 use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
@@ -44,8 +46,8 @@ use crate::state::{Applied, Command, NodeId, Refused};
 pub use config::{ConfigError, JoinToken, NodeConfig, NodeSetup};
 use disks::Disks;
 use door::Inside;
-use leader::{Duty, Life};
 use machines::Machines;
+use peers::Peers;
 use proposer::Proposer;
 use vms::VmHost;
 use volumes::Volumes;
@@ -56,14 +58,10 @@ const TICK: Duration = Duration::from_millis(200);
 const RENEW: Duration = Duration::from_millis(1500);
 /// How long a node may take to become a member.
 const JOINING: Duration = Duration::from_secs(60);
-/// Silence after which a node counts as silent to the leader.
-const SILENT: Duration = Duration::from_secs(3);
 /// How long a clean end waits for I/O that does not end.
 const PATIENCE: Duration = Duration::from_secs(30);
 /// How long a clean end waits for a majority, which may have ended already.
 const LAST: Duration = Duration::from_secs(3);
-/// Time for one attempt to connect to a node.
-const DIAL: Duration = Duration::from_secs(2);
 /// Connections of users that wait to be served.
 const USERS_MAX: usize = 256;
 
@@ -234,9 +232,6 @@ impl Ground {
     }
 }
 
-/// Where the other nodes are. Shared with the threads that dial them.
-type Book = Arc<Mutex<BTreeMap<NodeId, Vec<String>>>>;
-
 /// See the module.
 pub struct Agent {
     ground: Ground,
@@ -245,14 +240,11 @@ pub struct Agent {
     disks: Disks,
     volumes: Volumes,
     machines: Machines,
-    book: Book,
-    me: Local,
+    peers: Peers,
     inputs: mpsc::Receiver<Input>,
     runtime: Option<tokio::runtime::Runtime>,
     address: SocketAddr,
     users: Option<tokio::sync::mpsc::Receiver<TcpStream>>,
-    /// Since when the leader has not heard of a node.
-    gone_since: BTreeMap<NodeId, Instant>,
 }
 
 impl Agent {
@@ -326,6 +318,7 @@ impl Agent {
             inputs: sender.clone(),
         };
         watch(&cluster, events, &sender)?;
+        lead::start(&cluster, Duration::from_secs(config.out_after_s))?;
         let sessions = Arc::new(Sessions(plane));
         std::fs::create_dir_all(dir.join("volumes"))?;
         let mut agent = Agent {
@@ -335,13 +328,11 @@ impl Agent {
             view: cluster.view(),
             ground,
             config,
-            book: Book::default(),
-            me,
+            peers: Peers::new(me),
             inputs,
             runtime: Some(runtime),
             address,
             users: Some(users),
-            gone_since: BTreeMap::new(),
         };
         for spec in specs {
             let index = agent.disks.add(spec)?;
@@ -455,7 +446,7 @@ impl Agent {
                 node,
                 reactor,
                 reason: _,
-            } => self.dial(NodeId(node.0), reactor),
+            } => self.peers.dial(&self.ground, NodeId(node.0), reactor),
             Event::NewGeneration(index) => self.volumes.renew_generation(&self.ground, index),
             Event::Fenced(index) => self.volumes.lost(&self.ground, index, "another owner has it"),
             Event::Failed(index) => self.volumes.lost(
@@ -466,138 +457,21 @@ impl Agent {
         }
     }
 
-    /// Connects to a node for a reactor, as often as needed while the node is known.
-    fn dial(&self, node: NodeId, reactor: u16) {
-        let (plane, me, book) = (
-            Arc::clone(&self.ground.plane),
-            self.me.clone(),
-            Arc::clone(&self.book),
-        );
-        let dialing = std::thread::Builder::new().name("dial".into()).spawn(move || {
-            let mut pause = Duration::from_millis(50);
-            loop {
-                let addresses = book
-                    .lock()
-                    .unwrap_or_else(PoisonError::into_inner)
-                    .get(&node)
-                    .cloned();
-                let Some(addresses) = addresses else { return };
-                let resolved = addresses
-                    .iter()
-                    .filter_map(|address| address.to_socket_addrs().ok());
-                for address in resolved.flatten() {
-                    let peer = handshake::NodeId(node.0);
-                    if plane.dial(door::local(&me), peer, reactor, address, DIAL).is_ok() {
-                        return;
-                    }
-                }
-                std::thread::sleep(pause);
-                pause = (pause * 2).min(Duration::from_secs(1));
-            }
-        });
-        if let Err(error) = dialing {
-            eprintln!("unibody: a thread can not be started: {error}");
-        }
-    }
-
     /// Compares what the state says of this node with what is here.
     fn look(&mut self) {
         self.view = self.ground.cluster.view();
         let view = Arc::clone(&self.view);
-        self.look_at_nodes(&view);
+        self.peers.look(&self.ground, &view.state);
         self.disks.look(&self.ground, &view.state);
         self.volumes.look(&self.ground, &view.state);
         self.machines.look(&self.ground, &view.state, &self.volumes);
         self.remember_disks();
     }
 
-    fn look_at_nodes(&mut self, view: &View) {
-        let others: BTreeMap<NodeId, Vec<String>> = view
-            .state
-            .nodes
-            .iter()
-            .filter(|(node, _)| **node != self.ground.me)
-            .map(|(node, record)| (*node, record.addresses.clone()))
-            .collect();
-        let known: BTreeSet<NodeId> = {
-            let mut book = self.book.lock().unwrap_or_else(PoisonError::into_inner);
-            if *book == others {
-                return;
-            }
-            let known = book.keys().copied().collect();
-            book.clone_from(&others);
-            known
-        };
-        for node in others.keys().filter(|node| !known.contains(node)) {
-            if let Err(error) = self.ground.plane.add_node(handshake::NodeId(node.0)) {
-                eprintln!("unibody: the disks of node {node} can not be reached: {error}");
-            }
-        }
-        for node in known.iter().filter(|node| !others.contains_key(node)) {
-            self.ground.plane.forget_node(handshake::NodeId(node.0));
-        }
-    }
-
     fn tick(&mut self) {
         self.disks.tick(&self.ground, &self.view.state);
         self.machines.tick(&self.ground);
         self.look();
-        self.lead();
-    }
-
-    /// Does what the leader does, if this node leads.
-    fn lead(&mut self) {
-        if !self.ground.cluster.is_leader() {
-            self.gone_since.clear();
-            return;
-        }
-        let now = Instant::now();
-        let out_after = Duration::from_secs(self.config.out_after_s);
-        let mut life = BTreeMap::new();
-        for &node in self.view.state.nodes.keys() {
-            let heard = self.ground.cluster.heard(node);
-            let alive =
-                node == self.ground.me || heard.is_some_and(|heard| now.duration_since(heard) < SILENT);
-            if alive {
-                self.gone_since.remove(&node);
-                life.insert(node, Life::Alive);
-                continue;
-            }
-            let since = *self.gone_since.entry(node).or_insert(now);
-            let over = self
-                .ground
-                .cluster
-                .lease_left(node)
-                .is_ok_and(|left| left.is_zero());
-            let judged = match over {
-                false => Life::Silent,
-                true if now.duration_since(since) >= out_after => Life::Lost,
-                true => Life::Gone,
-            };
-            life.insert(node, judged);
-        }
-        for duty in leader::duties(&self.view.state, &life) {
-            let outcome = match &duty {
-                Duty::Take(node, command) => self.ground.cluster.take_from(*node, command),
-                Duty::Do(command) => self
-                    .ground
-                    .cluster
-                    .propose(self.ground.cluster.request(), command),
-            };
-            match outcome {
-                Ok(_) => {}
-                // Somebody was faster, or it is not known: it is looked at again at the next tick.
-                Err(error) => {
-                    if !matches!(
-                        &error,
-                        crate::raft::ProposeError::Refused(Refused::Overtaken { .. })
-                    ) {
-                        eprintln!("unibody: {error}");
-                    }
-                    return;
-                }
-            }
-        }
     }
 
     fn request(&mut self, request: LocalRequest) -> LocalAnswer {

@@ -1,0 +1,98 @@
+//! The thread that does what the leader has to do, on every node, in case it leads.
+//!
+//! It has nothing to do with the rest of the agent, so that a proposal that waits for a majority holds up nothing here.
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, Weak};
+use std::time::{Duration, Instant};
+
+use super::leader::{self, Duty, Life};
+use crate::raft::{Cluster, ProposeError};
+use crate::state::{Command, Refused, State};
+
+/// How often it looks, if nothing changes before.
+const TICK: Duration = Duration::from_millis(200);
+/// Silence after which a node counts as silent.
+const SILENT: Duration = Duration::from_secs(3);
+/// Pause after something was proposed: a duty that the state refuses again and again must not fill the log.
+const PAUSE: Duration = Duration::from_millis(50);
+/// Duties carried out by one entry of the log.
+const TOGETHER: usize = 64;
+
+/// Starts the thread. It ends when the cluster does.
+pub(crate) fn start(cluster: &Arc<Cluster>, out_after: Duration) -> std::io::Result<()> {
+    let cluster = Arc::downgrade(cluster);
+    std::thread::Builder::new()
+        .name("lead".into())
+        .spawn(move || run(&cluster, out_after))?;
+    Ok(())
+}
+
+fn run(cluster: &Weak<Cluster>, out_after: Duration) {
+    // Since when nothing was heard of a node.
+    let mut gone_since = BTreeMap::new();
+    while let Some(cluster) = cluster.upgrade() {
+        let view = cluster.view();
+        if !cluster.is_leader() {
+            gone_since.clear();
+            cluster.wait_beyond(view.applied, TICK);
+            continue;
+        }
+        match lead(&cluster, &view.state, &mut gone_since, out_after) {
+            Ok(0) => drop(cluster.wait_beyond(view.applied, TICK)),
+            Ok(_) => std::thread::sleep(PAUSE),
+            Err(error) => {
+                // Somebody was faster, or it is not known: it is looked at again.
+                if !matches!(error, ProposeError::Refused(Refused::Overtaken { .. })) {
+                    eprintln!("unibody: {error}");
+                }
+                std::thread::sleep(TICK);
+            }
+        }
+    }
+}
+
+/// Answers how much was proposed.
+fn lead(
+    cluster: &Cluster,
+    state: &State,
+    gone_since: &mut BTreeMap<crate::state::NodeId, Instant>,
+    out_after: Duration,
+) -> Result<usize, ProposeError> {
+    let now = Instant::now();
+    let me = cluster.identity().node;
+    let mut life = BTreeMap::new();
+    for &node in state.nodes.keys() {
+        let heard = cluster.heard(node);
+        if node == me || heard.is_some_and(|heard| now.duration_since(heard) < SILENT) {
+            gone_since.remove(&node);
+            life.insert(node, Life::Alive);
+            continue;
+        }
+        let since = *gone_since.entry(node).or_insert(now);
+        let over = cluster.lease_left(node).is_ok_and(|left| left.is_zero());
+        let judged = match over {
+            false => Life::Silent,
+            true if now.duration_since(since) >= out_after => Life::Lost,
+            true => Life::Gone,
+        };
+        life.insert(node, judged);
+    }
+    let mut commands = Vec::new();
+    let duties = leader::duties(state, &life);
+    let count = duties.len();
+    for duty in duties {
+        match duty {
+            Duty::Take(node, command) => drop(cluster.take_from(node, &command)?),
+            Duty::Do(command) => commands.push(command),
+        }
+    }
+    for together in commands.chunks(TOGETHER) {
+        let command = match together {
+            [one] => one.clone(),
+            several => Command::Batch(several.to_vec()),
+        };
+        cluster.propose(cluster.request(), &command)?;
+    }
+    Ok(count)
+}
