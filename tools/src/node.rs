@@ -178,7 +178,7 @@ pub(crate) fn run(command: NodeCommand) -> Result<()> {
 }
 
 /// A token that leads to the node in this directory.
-fn join_token(dir: &Path) -> Result<JoinToken> {
+pub(crate) fn join_token(dir: &Path) -> Result<JoinToken> {
     let config = NodeConfig::load(dir)?;
     Ok(config.join_token(vec![config.address.clone()]))
 }

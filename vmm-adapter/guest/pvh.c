@@ -1,9 +1,10 @@
 /* A guest of a few KiB that proves a virtio-blk disk: `write TOKEN` on its command line writes blocks derived from the token,
    flushes, and reads them back; `verify TOKEN` only reads. The verdict is one line on the serial port, then it powers off.
-   `hold TOKEN` is `write` without the power-off: a VM that stays, and that ignores the power button.
+   `hold TOKEN` is `write` without the power-off: a VM that stays, and that ignores the power button. `live TOKEN` stays too:
+   it verifies if there is something of this token on the disk and writes otherwise, and obeys the power button of QEMU.
 
    It does as little as it can, because it also has to run where the processor is emulated instruction by instruction: no
-   interrupts (the used ring is polled), one queue, one request at a time, 4 blocks of 4 KiB at places apart from each other.
+   interrupts but that of the power button (the used ring is polled), one queue, one request at a time, 4 blocks of 4 KiB at places apart from each other.
    Every wait is bounded. It uses the modern virtio-pci interface only. */
 
 typedef unsigned char u8;
@@ -15,6 +16,7 @@ static inline void outb(u16 port, u8 value) { __asm__ volatile("outb %0, %1" : :
 static inline void outw(u16 port, u16 value) { __asm__ volatile("outw %0, %1" : : "a"(value), "Nd"(port) : "memory"); }
 static inline void outl(u16 port, u32 value) { __asm__ volatile("outl %0, %1" : : "a"(value), "Nd"(port) : "memory"); }
 static inline u8 inb(u16 port) { u8 value; __asm__ volatile("inb %1, %0" : "=a"(value) : "Nd"(port) : "memory"); return value; }
+static inline u16 inw(u16 port) { u16 value; __asm__ volatile("inw %1, %0" : "=a"(value) : "Nd"(port) : "memory"); return value; }
 static inline u32 inl(u16 port) { u32 value; __asm__ volatile("inl %1, %0" : "=a"(value) : "Nd"(port) : "memory"); return value; }
 /* A locked instruction orders what the ordinary ones before and after it do; mfence would need SSE2. */
 static inline void barrier(void) { __asm__ volatile("lock; addl $0, (%%esp)" : : : "memory", "cc"); }
@@ -236,6 +238,51 @@ static void verify_blocks(u32 seed, u32 stride)
     }
 }
 
+/* Whether the first block was written with this seed. */
+static u32 was_here(u32 seed)
+{
+    request(TYPE_IN, 0);
+    for (u32 i = 0; i < BLOCK / 4; i++) if (block[i] != word(seed, i)) return 0;
+    return 1;
+}
+
+/* ---- the power button of QEMU's q35: bit 8 of its ACPI status and enable registers, interrupt 9 ---- */
+
+static struct { u16 low, selector, flags, high; } gates[48];
+extern void wake(void);
+__asm__("wake: iret");
+
+static void __attribute__((noreturn)) wait_for_the_button(void)
+{
+    u32 selector, address = (u32)wake;
+    __asm__ volatile("mov %%cs, %0" : "=r"(selector));
+    for (u32 i = 32; i < 48; i++) {
+        gates[i].low = address;
+        gates[i].selector = selector;
+        gates[i].flags = 0x8e00;
+        gates[i].high = address >> 16;
+    }
+    struct { u16 limit; u32 base; } __attribute__((packed)) table = { sizeof gates - 1, (u32)gates };
+    __asm__ volatile("lidt %0" : : "m"(table));
+    /* Interrupts 0 to 15 become the vectors from 32 on; all but 9, which comes by way of 2, are masked. */
+    static const u8 words[2][5] = { { 0x11, 0x20, 4, 1, 0xfb }, { 0x11, 0x28, 2, 1, 0xfd } };
+    for (u32 i = 0; i < 5; i++) {
+        outb(i ? 0x21 : 0x20, words[0][i]);
+        outb(i ? 0xa1 : 0xa0, words[1][i]);
+    }
+    outw(0x602, 0x100);
+    for (;;) {
+        /* An interrupt between the two instructions is taken at the second one. */
+        __asm__ volatile("sti; hlt; cli" : : : "memory");
+        if (inw(0x600) & 0x100) {
+            put("UNIBODY-GUEST OK stopped\n");
+            power_off();
+        }
+        outb(0xa0, 0x20);
+        outb(0x20, 0x20);
+    }
+}
+
 static const char *after(const char *text, const char *prefix)
 {
     while (*prefix) if (*text++ != *prefix++) return 0;
@@ -248,14 +295,18 @@ void guest_main(const u32 *info)
     if (info[0] != 0x336ec578) fail("no start info", info[0]);
     while (*line == ' ') line++;
     const char *token = after(line, "write ");
-    u32 holds = 0;
+    u32 holds = 0, lives = 0;
     if (!token) {
         token = after(line, "hold ");
         holds = token != 0;
     }
+    if (!token) {
+        token = after(line, "live ");
+        lives = token != 0;
+    }
     u32 writes = token != 0;
     if (!token) token = after(line, "verify ");
-    if (!token) fail("the command line must be `write`, `hold` or `verify` and a token", 0);
+    if (!token) fail("the command line must be `write`, `hold`, `live` or `verify` and a token", 0);
     u32 seed = 2166136261u;
     for (const char *c = token; *c && *c != ' '; c++) seed = (seed ^ (u8)*c) * 16777619u;
 
@@ -267,6 +318,7 @@ void guest_main(const u32 *info)
     /* Spread over the disk, so that different stripes and chunks are touched. */
     u32 stride = sectors / BLOCKS & ~7u;
     if (!stride) fail("the disk is too small", sectors);
+    if (lives && was_here(seed)) writes = 0;
     if (writes) write_blocks(seed, stride);
     verify_blocks(seed, stride);
     put("UNIBODY-GUEST OK ");
@@ -274,5 +326,6 @@ void guest_main(const u32 *info)
     put_hex(seed);
     put("\n");
     while (holds) __asm__ volatile("cli; hlt");
+    if (lives) wait_for_the_button();
     power_off();
 }

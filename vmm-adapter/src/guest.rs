@@ -2,8 +2,9 @@
 //! where KVM is there but so slow that a stock kernel never comes up. The demo and the tests boot it.
 //!
 //! Its command line says what it does: `write TOKEN` writes blocks derived from the token, flushes and reads them back;
-//! `verify TOKEN` only reads; both then power off. `hold TOKEN` is `write` without the power-off. It says how it went on its
-//! serial port, in one line that [`verdict`] reads.
+//! `verify TOKEN` only reads; both then power off. `hold TOKEN` is `write` without the power-off. `live TOKEN` stays as well: it
+//! verifies if it finds its own blocks and writes otherwise, and obeys the power button of QEMU. The guest says how it went on
+//! its serial port, in one line that [`verdict`] reads.
 
 use std::path::Path;
 

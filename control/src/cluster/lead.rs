@@ -87,7 +87,10 @@ fn lead(
             Duty::Do(command) => commands.push(command),
         }
     }
-    for together in commands.chunks(TOGETHER) {
+    // What is a batch already stays one.
+    let single = |command: &Command| !matches!(command, Command::Batch(_));
+    let runs = commands.chunk_by(|one, next| single(one) && single(next));
+    for together in runs.flat_map(|run| run.chunks(TOGETHER)) {
         let command = match together {
             [one] => one.clone(),
             several => Command::Batch(several.to_vec()),

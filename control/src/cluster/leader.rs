@@ -6,10 +6,11 @@
 //!
 //! Absent: judging when a lease is over (`raft` does, see [`Duty::Take`]), and the data plane.
 
+use std::borrow::Cow;
 use std::collections::{BTreeMap, BTreeSet};
 
 use crate::planner;
-use crate::state::{Command, Disk, NodeId, ReplicaState, State, Volume};
+use crate::state::{Command, Disk, NodeId, Replica, ReplicaState, State, Volume};
 
 /// Most moves of chunks proposed in one round.
 const MOVES_MAX: usize = 512;
@@ -206,258 +207,84 @@ fn disks(state: &State, life: &impl Fn(NodeId) -> Life) -> Vec<Command> {
         if of_node.clone().any(|(_, record)| record.out) {
             continue;
         }
-        if let Some((disk, _)) = of_node.find(|(disk, _)| safe_without(state, **disk)) {
+        if let Some((disk, _)) = of_node.find(|(disk, _)| safe_without(state, **disk, life)) {
             commands.push(Command::DiskOut { disk: disk.0 });
         }
     }
-    let mut moves = 0;
+    // What follows is planned from what goes before it.
+    let mut after = Cow::Borrowed(state);
+    let mut room = MOVES_MAX;
     for &disk in &leaving {
         if !state.has_replicas(disk.0) {
             commands.push(Command::ForgetDisk { disk: disk.0 });
+            continue;
+        }
+        let mut planned = after.clone();
+        let mut batch = Vec::new();
+        // An owner that reaches the disk brings it up to date again, which is fine until there is another place. So it is given
+        // up anew, together with the moves.
+        if safe_without(state, disk, life) {
+            batch.push(Command::DiskOut { disk: disk.0 });
+            planned.to_mut().apply(&batch[0]).ok();
+        }
+        let moved = moves(&mut planned, disk, false, &mut room);
+        if !moved.is_empty() {
+            batch.extend(moved);
+            commands.push(Command::Batch(batch));
+            after = planned;
         }
     }
-    for (name, volume) in &state.volumes {
-        for &disk in state.disks.keys() {
-            if moves >= MOVES_MAX {
-                return commands;
-            }
-            let wanted = volume.chunks.iter().flatten().any(|slot| {
-                slot.disk == disk
-                    && slot.state != ReplicaState::InSync
-                    && (slot.no_space || leaving.contains(&disk))
-            });
-            if !wanted {
-                continue;
-            }
-            let mut to = planner::plan_moves(state, name, disk.0, !leaving.contains(&disk));
-            to.truncate(MOVES_MAX - moves);
-            if !to.is_empty() {
-                moves += to.len();
-                commands.push(Command::Move {
-                    name: name.clone(),
-                    generation: volume.generation,
-                    config: volume.config,
-                    from: disk.0,
-                    to,
-                });
-                // The next move of this volume is planned from what this one made of it.
-                break;
-            }
-        }
+    for &disk in state.disks.keys().filter(|disk| !leaving.contains(*disk)) {
+        commands.extend(moves(&mut after, disk, true, &mut room));
     }
     commands
 }
 
-/// Every replica on the disk has another one in sync elsewhere, and nothing is being rebuilt that could need it.
-fn safe_without(state: &State, disk: Disk) -> bool {
-    state
-        .volumes
-        .values()
-        .flat_map(|volume| &volume.chunks)
-        .all(|slots| {
-            let here = slots.iter().any(|slot| slot.disk == disk);
-            let in_sync = |slot: &&crate::state::Replica| slot.state == ReplicaState::InSync;
-            !here || slots.len() > 1 && slots.iter().filter(in_sync).count() == slots.len()
-        })
+/// Moves of what is on a disk and not in sync, or (`full`) of what the disk had no room for; `state` is as after them.
+fn moves(state: &mut Cow<'_, State>, disk: Disk, full: bool, room: &mut usize) -> Vec<Command> {
+    let wanted = |volume: &Volume| {
+        let mut slots = volume.chunks.iter().flatten();
+        slots.any(|slot| slot.disk == disk && slot.state != ReplicaState::InSync && (slot.no_space || !full))
+    };
+    let volumes = state.volumes.iter().filter(|(_, volume)| wanted(volume));
+    let names: Vec<_> = volumes.map(|(name, _)| name.clone()).collect();
+    let mut commands = Vec::new();
+    for name in names {
+        let mut to = planner::plan_moves(state, &name, disk.0, full);
+        to.truncate(*room);
+        if to.is_empty() {
+            continue;
+        }
+        *room -= to.len();
+        let volume = &state.volumes[&name];
+        let command = Command::Move {
+            generation: volume.generation,
+            config: volume.config,
+            from: disk.0,
+            to,
+            name,
+        };
+        // One that is refused is so again when it is carried out, and is planned anew.
+        state.to_mut().apply(&command).ok();
+        commands.push(command);
+    }
+    commands
+}
+
+/// Every replica on the disk has others that are in sync and can be read now, and nothing is being rebuilt that could need it.
+fn safe_without(state: &State, disk: Disk, life: &impl Fn(NodeId) -> Life) -> bool {
+    let good = |slot: &Replica| {
+        let node = state.disks.get(&slot.disk).map(|record| record.node);
+        slot.state == ReplicaState::InSync
+            && (slot.disk == disk || node.is_some_and(|node| life(node) == Life::Alive))
+    };
+    let mut chunks = state.volumes.values().flat_map(|volume| &volume.chunks);
+    chunks.all(|slots| {
+        let here = slots.iter().any(|slot| slot.disk == disk);
+        !here || slots.len() > 1 && slots.iter().all(good)
+    })
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::state::VmSpec;
-    use unibody_dataplane::ids::DiskUuid;
-
-    const GIB: u64 = 1 << 30;
-
-    fn cluster(nodes: u64) -> State {
-        let mut state = State::default();
-        for n in 1..=nodes {
-            let run = |state: &mut State, command| state.apply(&command).unwrap();
-            run(
-                &mut state,
-                Command::AddNode {
-                    node: NodeId(n),
-                    store: u128::from(n),
-                    name: format!("n{n}"),
-                    addresses: vec![format!("127.0.0.1:{n}")],
-                    domain: format!("d{n}"),
-                    memory: 4 * GIB,
-                    incarnation: 1,
-                },
-            );
-            for d in 0..2 {
-                run(
-                    &mut state,
-                    Command::AddDisk {
-                        disk: DiskUuid(u128::from(n * 10 + d)),
-                        node: NodeId(n),
-                        domain: String::new(),
-                        bytes: 64 * GIB,
-                    },
-                );
-            }
-        }
-        state
-    }
-
-    fn volume(state: &mut State, name: &str, owner: Option<u64>) {
-        let chunks = planner::plan_chunks(state, 4, 2).unwrap();
-        let create = Command::CreateVolume {
-            name: name.into(),
-            size: 256 << 20,
-            mirror: 2,
-            stripe_unit: 256 << 10,
-            stripe_width: 4,
-            read_only: false,
-            instance: 1,
-            chunks,
-        };
-        state.apply(&create).unwrap();
-        if let Some(owner) = owner {
-            let attach = Command::Attach {
-                name: name.into(),
-                node: NodeId(owner),
-                generation: 0,
-            };
-            state.apply(&attach).unwrap();
-        }
-    }
-
-    fn vm(state: &mut State, name: &str, volumes: &[&str], node: Option<u64>) {
-        let vm = VmSpec {
-            definition: "{}".into(),
-            memory: 3 * GIB,
-            volumes: volumes.iter().map(|name| (*name).to_owned()).collect(),
-            run: true,
-        };
-        let create = Command::CreateVm {
-            name: name.into(),
-            vm,
-        };
-        state.apply(&create).unwrap();
-        if let Some(node) = node {
-            let place = Command::PlaceVm {
-                name: name.into(),
-                node: Some(NodeId(node)),
-                epoch: 0,
-            };
-            state.apply(&place).unwrap();
-        }
-    }
-
-    fn life(of: &[(u64, Life)]) -> BTreeMap<NodeId, Life> {
-        of.iter().map(|&(node, life)| (NodeId(node), life)).collect()
-    }
-
-    /// Carries out what is to be done until nothing is.
-    fn settle(state: &mut State, life: &BTreeMap<NodeId, Life>) -> usize {
-        for round in 0..50 {
-            let duties = duties(state, life);
-            if duties.is_empty() {
-                return round;
-            }
-            for duty in duties {
-                let (Duty::Take(_, command) | Duty::Do(command)) = duty;
-                state.apply(&command).unwrap();
-            }
-            state.check().unwrap();
-        }
-        panic!("there is no end of duties");
-    }
-
-    #[test]
-    fn what_a_node_had_goes_to_others_when_its_lease_is_over_and_not_before() {
-        let mut state = cluster(3);
-        volume(&mut state, "v", Some(1));
-        vm(&mut state, "m", &["v"], Some(1));
-        let alive = life(&[(1, Life::Alive), (2, Life::Alive), (3, Life::Alive)]);
-        assert_eq!(duties(&state, &alive), []);
-        let silent = life(&[(1, Life::Silent), (2, Life::Alive), (3, Life::Alive)]);
-        assert_eq!(duties(&state, &silent), []);
-        let gone = life(&[(1, Life::Gone), (2, Life::Alive), (3, Life::Alive)]);
-        let first = duties(&state, &gone);
-        assert!(
-            matches!(&first[..], [Duty::Take(NodeId(1), Command::Batch(taken))] if taken.len() == 2),
-            "{first:?}"
-        );
-        settle(&mut state, &gone);
-        let new = state.vms["m"].node.unwrap();
-        assert_ne!(new, NodeId(1));
-        assert_eq!(state.volumes["v"].owner, Some(new), "the volume follows the VM");
-    }
-
-    #[test]
-    fn memory_is_promised_once() {
-        let mut state = cluster(3);
-        for name in ["a", "b", "c", "d"] {
-            vm(&mut state, name, &[], None);
-        }
-        let alive = life(&[(1, Life::Alive), (2, Life::Alive), (3, Life::Alive)]);
-        settle(&mut state, &alive);
-        let placed: Vec<_> = state.vms.values().filter_map(|vm| vm.node).collect();
-        assert_eq!(
-            placed.len(),
-            3,
-            "each node has room for one, and the fourth waits"
-        );
-        assert_eq!(placed.iter().collect::<BTreeSet<_>>().len(), 3);
-    }
-
-    #[test]
-    fn a_volume_without_an_owner_gets_one() {
-        let mut state = cluster(3);
-        volume(&mut state, "v", None);
-        let none = life(&[]);
-        assert_eq!(duties(&state, &none), [], "nobody is there to take it");
-        let one = life(&[(2, Life::Alive)]);
-        settle(&mut state, &one);
-        assert_eq!(state.volumes["v"].owner, Some(NodeId(2)));
-    }
-
-    #[test]
-    fn the_data_of_a_lost_node_moves_to_the_others() {
-        let mut state = cluster(4);
-        volume(&mut state, "v", Some(2));
-        let lost = life(&[
-            (1, Life::Lost),
-            (2, Life::Alive),
-            (3, Life::Alive),
-            (4, Life::Alive),
-        ]);
-        settle(&mut state, &lost);
-        let on_lost = state.volumes["v"]
-            .chunks
-            .iter()
-            .flatten()
-            .filter(|slot| matches!(slot.disk.0.0, 10 | 11))
-            .count();
-        assert_eq!(on_lost, 0);
-        assert!(
-            !state.disks.contains_key(&Disk(DiskUuid(10))),
-            "empty disks are forgotten"
-        );
-    }
-
-    #[test]
-    fn a_drained_node_gives_up_one_disk_at_a_time() {
-        let mut state = cluster(4);
-        volume(&mut state, "v", Some(2));
-        let drain = Command::Drain {
-            node: NodeId(1),
-            on: true,
-        };
-        state.apply(&drain).unwrap();
-        let alive = life(&[
-            (1, Life::Alive),
-            (2, Life::Alive),
-            (3, Life::Alive),
-            (4, Life::Alive),
-        ]);
-        let first = duties(&state, &alive);
-        let outs = first
-            .iter()
-            .filter(|duty| matches!(duty, Duty::Do(Command::DiskOut { .. })))
-            .count();
-        assert_eq!(outs, 1, "{first:?}");
-    }
-}
+#[path = "leader_tests.rs"]
+mod tests;

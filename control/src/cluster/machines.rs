@@ -1,8 +1,12 @@
 //! The VMs that the state places on this node: each is started once its volumes are served here, and ended when the state
 //! wants it elsewhere or not at all. Those that were started before a restart of this process are found and kept.
+//!
+//! Invariant: a VM goes on only under the placement it was started for. One that was moved away and back while this process
+//! was not there knows an old state of its volumes, and is ended like any other that was moved. The number of the placement is
+//! in `placed/NAME` in the node's directory, from after the VM's start until before the next one.
 
 use std::collections::BTreeMap;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -27,12 +31,15 @@ struct Machine {
     not_before: Option<Instant>,
 }
 
+/// VMs that run here, and the placements that they were started for, as far as that is known.
+pub(crate) type Running = BTreeMap<String, Option<u32>>;
+
 /// See the module.
 pub(crate) struct Machines {
     host: Arc<dyn VmHost>,
     machines: BTreeMap<String, Machine>,
-    /// What ran when it was looked last; `None` before.
-    running: Option<Vec<String>>,
+    /// What ran when it was looked last, and since which placement; `None` before.
+    running: Option<Running>,
     looking: bool,
     look_at: Option<Instant>,
 }
@@ -52,12 +59,21 @@ impl Machines {
         let due = self.look_at.is_none_or(|at| Instant::now() >= at);
         if due && !self.looking {
             self.looking = true;
-            let host = Arc::clone(&self.host);
-            ground.aside("vms", move || Input::Machines(host.running()));
+            let (host, dir) = (Arc::clone(&self.host), ground.dir.clone());
+            ground.aside("vms", move || {
+                let running = host.running();
+                Input::Machines(running.map(|names| {
+                    let with = |name: String| {
+                        let placement = placement(&dir, &name);
+                        (name, placement)
+                    };
+                    names.into_iter().map(with).collect()
+                }))
+            });
         }
     }
 
-    pub(crate) fn found(&mut self, running: Result<Vec<String>, String>) {
+    pub(crate) fn found(&mut self, running: Result<Running, String>) {
         self.looking = false;
         self.look_at = Some(Instant::now() + LOOK);
         match running {
@@ -68,7 +84,16 @@ impl Machines {
 
     /// Those that ran when it was looked at last.
     pub(crate) fn running(&self) -> Vec<String> {
-        self.running.clone().unwrap_or_default()
+        self.running.iter().flat_map(BTreeMap::keys).cloned().collect()
+    }
+
+    /// Ends all at once: this node is no longer one of the cluster.
+    pub(crate) fn end_all(&self) {
+        for name in self.host.running().unwrap_or_default() {
+            if let Err(error) = self.host.stop(&name, Duration::ZERO) {
+                eprintln!("unibody: VM {name}: {error}");
+            }
+        }
     }
 
     pub(crate) fn worked(&mut self, name: &str, outcome: Result<(), String>) {
@@ -93,23 +118,16 @@ impl Machines {
         let Some(running) = self.running.clone() else {
             return;
         };
-        let stays = |name: &String| {
-            let vm = state.vms.get(name).filter(|vm| vm.node == Some(ground.me));
-            vm.is_some_and(|vm| vm.spec.run && !leaves(state, ground.me, vm.spec.memory))
-        };
-        for name in &running {
-            if !stays(name) {
-                // One that was moved is ended at once: its volumes have another owner, and it can only fail.
-                let moved = state.vms.get(name).is_none_or(|vm| vm.node != Some(ground.me));
-                let patience = if moved { Duration::ZERO } else { SHUTDOWN };
+        for (name, &placement) in &running {
+            if let Some(patience) = ends(state, ground.me, name, placement) {
                 self.work(ground, name, move |host, name| host.stop(name, patience));
             }
         }
         for (name, vm) in &state.vms {
-            if vm.node != Some(ground.me) || running.contains(name) {
+            if vm.node != Some(ground.me) || running.contains_key(name) {
                 continue;
             }
-            if !stays(name) {
+            if ends(state, ground.me, name, Some(vm.epoch)).is_some() {
                 self.leave(ground, name, vm.epoch);
                 continue;
             }
@@ -120,11 +138,15 @@ impl Machines {
                 .map(|volume| Some((volume.clone(), volumes.socket(&ground.dir, volume)?)))
                 .collect();
             if let Some(sockets) = sockets {
-                let definition = vm.spec.definition.clone();
-                self.work(ground, name, move |host, _| host.start(&definition, &sockets));
+                let (definition, epoch, dir) = (vm.spec.definition.clone(), vm.epoch, ground.dir.clone());
+                self.work(ground, name, move |host, name| {
+                    forget_placement(&dir, name)?;
+                    host.start(&definition, &sockets)?;
+                    record_placement(&dir, name, epoch)
+                });
             }
         }
-        let known = |name: &String| state.vms.contains_key(name) || running.contains(name);
+        let known = |name: &String| state.vms.contains_key(name) || running.contains_key(name);
         self.machines.retain(|name, machine| machine.busy || known(name));
     }
 
@@ -164,9 +186,142 @@ impl Machines {
     }
 }
 
+/// How long a VM that runs on this node since a placement may take to end; `None`: it goes on.
+fn ends(state: &State, me: NodeId, name: &str, placement: Option<u32>) -> Option<Duration> {
+    let placed = state
+        .vms
+        .get(name)
+        .filter(|vm| vm.node == Some(me) && placement == Some(vm.epoch));
+    match placed {
+        // One that was moved is ended at once: its volumes had another owner, and it can only fail.
+        None => Some(Duration::ZERO),
+        Some(vm) => (!vm.spec.run || leaves(state, me, vm.spec.memory)).then_some(SHUTDOWN),
+    }
+}
+
 /// Whether a VM has to leave a node because that is being drained, and has somewhere to go.
 fn leaves(state: &State, node: NodeId, memory: u64) -> bool {
     let drained = |id: &NodeId| state.nodes.get(id).is_some_and(|node| node.drain);
     let room = |id: &NodeId| !drained(id) && state.memory_free(*id) >= memory;
     drained(&node) && state.nodes.keys().any(room)
+}
+
+fn placement_file(dir: &Path, name: &str) -> PathBuf {
+    dir.join("placed").join(name)
+}
+
+/// The placement that a VM was started for. Not known if this process ended in the middle of a start.
+fn placement(dir: &Path, name: &str) -> Option<u32> {
+    let text = std::fs::read_to_string(placement_file(dir, name)).ok()?;
+    text.parse().ok()
+}
+
+fn forget_placement(dir: &Path, name: &str) -> Result<(), String> {
+    let path = placement_file(dir, name);
+    match std::fs::remove_file(&path) {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+            Err(format!("{} can not be removed: {error}", path.display()))
+        }
+        _ => Ok(()),
+    }
+}
+
+fn record_placement(dir: &Path, name: &str, epoch: u32) -> Result<(), String> {
+    let path = placement_file(dir, name);
+    let written =
+        std::fs::create_dir_all(dir.join("placed")).and_then(|()| std::fs::write(&path, epoch.to_string()));
+    written.map_err(|error| format!("{} can not be written: {error}", path.display()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::state::VmSpec;
+
+    const A: NodeId = NodeId(1);
+    const B: NodeId = NodeId(2);
+
+    /// Two nodes, and a VM that runs on the first.
+    fn state() -> State {
+        let mut state = State::default();
+        for node in [A, B] {
+            let add = Command::AddNode {
+                node,
+                store: u128::from(node.0),
+                name: format!("n{}", node.0),
+                addresses: vec![format!("127.0.0.1:{}", node.0)],
+                domain: format!("d{}", node.0),
+                memory: 1 << 30,
+                incarnation: 1,
+            };
+            state.apply(&add).unwrap();
+        }
+        let vm = VmSpec {
+            definition: "{}".into(),
+            memory: 1 << 29,
+            volumes: Vec::new(),
+            run: true,
+        };
+        let name = "m".to_owned();
+        state.apply(&Command::CreateVm { name, vm }).unwrap();
+        place(&mut state, Some(A));
+        state
+    }
+
+    fn place(state: &mut State, node: Option<NodeId>) {
+        let (name, epoch) = ("m".to_owned(), state.vms["m"].epoch);
+        state.apply(&Command::PlaceVm { name, node, epoch }).unwrap();
+    }
+
+    #[test]
+    fn a_vm_goes_on_only_under_the_placement_that_it_was_started_for() {
+        let mut state = state();
+        let first = Some(state.vms["m"].epoch);
+        assert_eq!(ends(&state, A, "m", first), None);
+        assert_eq!(
+            ends(&state, A, "m", None),
+            Some(Duration::ZERO),
+            "begun by a process that died"
+        );
+        assert_eq!(ends(&state, A, "other", first), Some(Duration::ZERO), "deleted");
+        place(&mut state, Some(B));
+        assert_eq!(ends(&state, A, "m", first), Some(Duration::ZERO), "moved");
+        place(&mut state, Some(A));
+        assert_eq!(
+            ends(&state, A, "m", first),
+            Some(Duration::ZERO),
+            "moved away and back: it does not know what was written meanwhile"
+        );
+        assert_eq!(ends(&state, A, "m", Some(state.vms["m"].epoch)), None);
+    }
+
+    #[test]
+    fn a_vm_that_is_to_stop_or_to_leave_is_asked_to() {
+        let mut state = state();
+        let placement = Some(state.vms["m"].epoch);
+        let drain = |node, on| Command::Drain { node, on };
+        state.apply(&drain(A, true)).unwrap();
+        assert_eq!(ends(&state, A, "m", placement), Some(SHUTDOWN));
+        state.apply(&drain(B, true)).unwrap();
+        assert_eq!(ends(&state, A, "m", placement), None, "it has nowhere to go");
+        state.apply(&drain(A, false)).unwrap();
+        let vm = VmSpec {
+            run: false,
+            ..state.vms["m"].spec.clone()
+        };
+        let name = "m".to_owned();
+        state.apply(&Command::UpdateVm { name, vm }).unwrap();
+        assert_eq!(ends(&state, A, "m", placement), Some(SHUTDOWN));
+    }
+
+    #[test]
+    fn a_placement_is_remembered_from_one_process_to_the_next() {
+        let dir = tempfile::tempdir().unwrap();
+        assert_eq!(placement(dir.path(), "m"), None);
+        forget_placement(dir.path(), "m").unwrap();
+        record_placement(dir.path(), "m", 7).unwrap();
+        assert_eq!(placement(dir.path(), "m"), Some(7));
+        forget_placement(dir.path(), "m").unwrap();
+        assert_eq!(placement(dir.path(), "m"), None);
+    }
 }

@@ -60,6 +60,8 @@ const RENEW: Duration = Duration::from_millis(1500);
 const JOINING: Duration = Duration::from_secs(60);
 /// How long a clean end waits for I/O that does not end.
 const PATIENCE: Duration = Duration::from_secs(30);
+/// How long a clean end waits for a majority, which may have ended already.
+const LAST: Duration = Duration::from_secs(3);
 /// Connections of users that wait to be served.
 const USERS_MAX: usize = 256;
 
@@ -167,7 +169,7 @@ pub(crate) enum Input {
     /// Work on a VM has ended.
     Machine(String, Result<(), String>),
     /// The VMs that run here.
-    Machines(Result<Vec<String>, String>),
+    Machines(Result<machines::Running, String>),
     Request(LocalRequest, tokio::sync::oneshot::Sender<LocalAnswer>),
     Stop,
 }
@@ -377,10 +379,10 @@ impl Agent {
     /// When a disk could not be closed cleanly, or the node was removed.
     pub fn run(mut self) -> Result<(), AgentError> {
         let mut next_tick = Instant::now() + TICK;
-        loop {
+        while !self.ground.cluster.is_removed() {
             let patience = next_tick.saturating_duration_since(Instant::now());
             match self.inputs.recv_timeout(patience) {
-                Ok(Input::Stop) => break,
+                Ok(Input::Stop) => return self.shut_down(),
                 Ok(input) => self.input(input),
                 Err(mpsc::RecvTimeoutError::Timeout) => {
                     next_tick = Instant::now() + TICK;
@@ -389,7 +391,10 @@ impl Agent {
                 Err(mpsc::RecvTimeoutError::Disconnected) => unreachable!("the agent keeps a sender"),
             }
         }
-        self.shut_down()
+        // Nobody will come back to end them.
+        self.machines.end_all();
+        self.shut_down()?;
+        Err(ClusterError::Removed.into())
     }
 
     fn input(&mut self, input: Input) {
@@ -552,9 +557,10 @@ impl Agent {
         }
         let quiet = !self.volumes.any();
         let closed = quiet && self.disks.close(&self.ground, end);
-        // What was proposed last, so that others need not wait for the lease to end.
-        self.ground.cluster.confirmed().ok();
         if let Some(runtime) = self.runtime.take() {
+            // What was proposed last, so that others need not wait for the lease to end.
+            let cluster = Arc::clone(&self.ground.cluster);
+            runtime.block_on(async move { tokio::time::timeout(LAST, cluster.confirmed_later()).await.ok() });
             runtime.shutdown_timeout(Duration::from_secs(2));
         }
         if closed {

@@ -276,6 +276,11 @@ impl Cluster {
         })
     }
 
+    /// Whether this node was removed from the cluster.
+    pub fn is_removed(&self) -> bool {
+        matches!(self.core.refused.borrow().as_deref(), Some(ClusterError::Removed))
+    }
+
     /// Takes over a connection for [`Purpose::Control`] whose handshake is done.
     pub fn accept(&self, stream: TcpStream, peer: Peer) {
         let core = Arc::clone(&self.core);
