@@ -15,7 +15,7 @@ const FOUND: &[(Bug, u64)] = &[
     (Bug::SkipSeal, 300),
     (Bug::WritesIgnoreConflicts, 60),
     (Bug::ReadsIgnoreConflicts, 300),
-    (Bug::RebuildForgetsTrims, 60),
+    (Bug::RebuildForgetsTrims, 150),
     (Bug::RebuildWithoutLock, 60),
     (Bug::PromoteWithoutCompare, 60),
     (Bug::ReadFromStale, 300),
