@@ -231,6 +231,11 @@ impl Shard {
                     slot.dirty = true;
                     self.queues.dirty.push(id);
                 }
+                if taken.len() > 1 {
+                    for request in &taken {
+                        self.foresee(volume, request);
+                    }
+                }
                 for request in taken.drain(..) {
                     self.begin(id, volume, request);
                 }

@@ -167,6 +167,29 @@ impl Shard {
         self.events.send(event).ok();
     }
 
+    /// A request was taken together with others: what the stores will look at for it is fetched while those before it
+    /// are carried out.
+    #[inline]
+    pub(super) fn foresee(&self, index: VolumeIndex, request: &crate::frontend::Request) {
+        use crate::frontend::{Kind, SECTOR};
+        let Some(volume) = &self.volumes[usize::from(index.0)] else {
+            return;
+        };
+        if volume.null || !matches!(request.kind, Kind::In | Kind::Out) {
+            return;
+        }
+        let write = request.kind == Kind::Out;
+        volume
+            .mirror
+            .foresee(request.sector * SECTOR, write, |disk, chunk, extent| {
+                if let Some(Some(disk)) = volume.routes.get(usize::from(disk.0))
+                    && let Home::Store(served) = &self.homes[usize::from(disk.0)]
+                {
+                    served.store.foresee(&chunk, extent);
+                }
+            });
+    }
+
     fn send(
         &mut self,
         index: VolumeIndex,

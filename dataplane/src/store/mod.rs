@@ -51,7 +51,7 @@ use std::collections::VecDeque;
 
 use crate::disk::{Completion, Io, Token};
 use crate::ids::{BootId, DiskUuid, PowerId};
-use crate::memory::Arena;
+use crate::memory::{Arena, prefetch};
 use crate::replica::{Header, Reply, Request, Status};
 
 pub use check::{CheckReport, Finding, Verdict, check};
@@ -232,6 +232,26 @@ impl Store {
     /// carried out any more.
     pub fn remove(&mut self, out: &mut Vec<Effect>) {
         self.fail(Failure::Removed, out);
+    }
+
+    /// A request for this extent comes soon: what it will look at first is fetched from memory meanwhile.
+    #[inline]
+    pub fn foresee(&self, chunk: &crate::replica::ChunkRef, extent: u16) {
+        let slot = self
+            .tables
+            .chunk(chunk.key)
+            .and_then(|place| self.tables.chunks[place as usize].map.as_ref())
+            .map_or(tables::ABSENT, |map| map[usize::from(extent)]);
+        if slot == tables::ABSENT {
+            return;
+        }
+        let slot = slot & !tables::EMPTY;
+        if let Some(frame) = self.cache.peek(slot / codec::RECORDS_PER_PAGE as u32) {
+            let at = slot as usize % codec::RECORDS_PER_PAGE * codec::RECORD;
+            let page = self.arena.bytes(frame as usize, 1);
+            prefetch::<false>(page[at..].as_ptr());
+            prefetch::<false>(page[at + codec::RECORD - 1..].as_ptr());
+        }
     }
 
     /// Takes a request. It is answered by an [`Effect::Reply`], at once or later. Follow a round of calls by
