@@ -249,9 +249,7 @@ fn parse_plain(
         return None;
     }
     let status = limits.memory.contiguous(hint, status.addr, 1)?;
-    let ptr = limits
-        .memory
-        .contiguous(hint, data.addr, u64::from(data.len))?;
+    let ptr = limits.memory.contiguous(hint, data.addr, u64::from(data.len))?;
     let header = limits.memory.contiguous(hint, header.addr, HEADER as u64)?;
     // SAFETY: the lookup said that the header's bytes are mapped.
     let [kind, sector] = unsafe { read16(header) }.map(u64::from_le);

@@ -47,6 +47,9 @@ const TICK: Duration = Duration::from_millis(50);
 /// The same when the reactor is idle.
 const TICK_IDLE: Duration = Duration::from_millis(500);
 
+/// Of so many turns in a row that found nothing one looks at the clock.
+const IDLE_BLIND: u32 = 8;
+
 /// What comes through a reactor's mailbox.
 pub(crate) enum Message {
     /// From a control thread.
@@ -201,6 +204,8 @@ pub(crate) struct Shard {
     now: u64,
     next_tick: u64,
     stopping: bool,
+    /// Turns without work since the last with some.
+    idle_turns: u32,
     stats: ReactorStats,
 }
 
@@ -246,6 +251,7 @@ impl Shard {
             now: 0,
             next_tick: 0,
             stopping: false,
+            idle_turns: 0,
             stats: ReactorStats {
                 core,
                 ..ReactorStats::default()
@@ -260,7 +266,14 @@ impl Shard {
             let worked = self.turn();
             self.stats.turns += 1;
             self.stats.busy_turns += u64::from(worked);
-            if idle.turn(worked, Instant::now) == Idle::Sleep && self.may_sleep() {
+            self.idle_turns = if worked {
+                0
+            } else {
+                self.idle_turns.wrapping_add(1)
+            };
+            // Looking at the clock takes as long as looking for work: most idle turns do only the latter.
+            let blind = !self.idle_turns.is_multiple_of(IDLE_BLIND);
+            if !blind && idle.turn(worked, Instant::now) == Idle::Sleep && self.may_sleep() {
                 self.sleep();
             }
         }
@@ -275,8 +288,9 @@ impl Shard {
         if worked {
             self.carry();
         }
-        // The clock is read once a turn at most, and not on every busy turn: a tick may be late by a few microseconds.
-        if !worked || self.stats.turns.is_multiple_of(64) {
+        // The clock is read once a turn at most, and on few of them: a tick may be late by some microseconds.
+        let look = self.idle_turns.is_multiple_of(IDLE_BLIND);
+        if !worked && look || self.stats.turns.is_multiple_of(64) {
             self.now = self.started.elapsed().as_millis() as u64;
             if self.now >= self.next_tick {
                 self.tick();
@@ -312,7 +326,7 @@ impl Shard {
                     disk,
                     header,
                     request,
-                } => self.serve(tag, disk, header, request),
+                } => self.serve(tag, disk, &header, &request),
                 Message::Reply { tag, reply } => self.replies.push_back((Address::unpack(tag), reply)),
             }
         }

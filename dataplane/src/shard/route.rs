@@ -82,8 +82,8 @@ impl Shard {
                 mirror::Effect::Send {
                     disk,
                     id,
-                    header,
-                    request,
+                    ref header,
+                    ref request,
                 } => self.send(index, disk, id, header, request),
                 mirror::Effect::Done { op, result, released } => {
                     self.finished.push_back((
@@ -195,8 +195,8 @@ impl Shard {
         index: VolumeIndex,
         disk: mirror::DiskIndex,
         id: mirror::RequestId,
-        header: Header,
-        request: Request,
+        header: &Header,
+        request: &Request,
     ) {
         let tag = Address {
             shard: self.number,
@@ -219,26 +219,26 @@ impl Shard {
                 Message::Request {
                     tag,
                     disk,
-                    header,
-                    request,
+                    header: *header,
+                    request: *request,
                 },
             );
         }
     }
 
     /// A request for a replica on this reactor.
-    pub(super) fn serve(&mut self, tag: u64, disk: DiskIndex, header: Header, request: Request) {
+    pub(super) fn serve(&mut self, tag: u64, disk: DiskIndex, header: &Header, request: &Request) {
         match &mut self.homes[usize::from(disk.0)] {
             Home::Store(served) => {
                 served
                     .store
-                    .submit(Tag(tag), header, request, &mut self.store_effects);
+                    .take(Tag(tag), header, request, &mut self.store_effects);
                 self.apply_store(disk);
                 self.touch(disk);
             }
             Home::Null => {
                 let up = self.disks[usize::from(disk.0)].expect("a disk that serves is up");
-                self.reply(tag, null_reply(&up, &request));
+                self.reply(tag, null_reply(&up, request));
             }
             Home::Absent => self.reply(tag, Reply::Refused(Status::DiskFailed)),
         }

@@ -258,6 +258,12 @@ impl Store {
     /// [`Store::flush_batch`]: until then a batch may stay open.
     #[inline]
     pub fn submit(&mut self, tag: Tag, header: Header, request: Request, out: &mut Vec<Effect>) {
+        self.take(tag, &header, &request, out);
+    }
+
+    /// As [`Store::submit`]; a request is large, and copied only once this way.
+    #[inline]
+    pub fn take(&mut self, tag: Tag, header: &Header, request: &Request, out: &mut Vec<Effect>) {
         if self.failed.is_some() || self.closing {
             out.push(refused(tag, Status::DiskFailed));
             return;
@@ -265,7 +271,7 @@ impl Store {
         if self.door.is_empty() && self.admit(tag, header, request, out) {
             self.pump(out);
         } else if self.door.len() < DOOR_MAX {
-            self.door.push_back((tag, header, request));
+            self.door.push_back((tag, *header, *request));
         } else {
             self.counters.refused += 1;
             out.push(refused(tag, Status::Invalid));
@@ -274,8 +280,8 @@ impl Store {
 
     /// Lets a request in; false: no operation is free.
     #[inline]
-    fn admit(&mut self, tag: Tag, header: Header, request: Request, out: &mut Vec<Effect>) -> bool {
-        let (place, extent, mask, exclusive) = match self.judge(&header, &request) {
+    fn admit(&mut self, tag: Tag, header: &Header, request: &Request, out: &mut Vec<Effect>) -> bool {
+        let (place, extent, mask, exclusive) = match self.judge(header, request) {
             Ok(found) => found,
             Err(status) => {
                 self.counters.refused += 1;
@@ -426,7 +432,7 @@ impl Store {
             if let Some(i) = self.ops.pop(&mut self.ready) {
                 self.advance(i, out);
             } else if let Some(&(tag, header, request)) = self.door.front() {
-                if !self.admit(tag, header, request, out) {
+                if !self.admit(tag, &header, &request, out) {
                     break;
                 }
                 self.door.pop_front();
