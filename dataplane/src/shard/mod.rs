@@ -188,6 +188,8 @@ pub(crate) struct Shard {
     queues: Queues,
     ops: Ops,
     buffers: BufferPool,
+    /// The ring knows the small ones: direct I/O needs not pin their pages each time.
+    buffers_registered: bool,
 
     // Work of this turn, kept to be reused.
     mirror_effects: Vec<mirror::Effect>,
@@ -238,6 +240,7 @@ impl Shard {
             queues: Queues::new(),
             ops: Ops::new(OPS_MAX),
             buffers: BufferPool::new(SMALL_BUFFERS, LARGE_BUFFERS, OPS_MAX as u16)?,
+            buffers_registered: false,
             mirror_effects: Vec::with_capacity(1024),
             store_effects: Vec::with_capacity(1024),
             done: Vec::with_capacity(1024),
