@@ -20,6 +20,7 @@ pub(crate) const TARGETS: &[(&str, Target)] = &[
     ("journal_block", unibody_dataplane::store::fuzz::journal_block),
     ("record", unibody_dataplane::store::fuzz::record),
     ("superblock", unibody_dataplane::store::fuzz::superblock),
+    ("vm_spec", unibody_vmm_adapter::fuzz_spec),
 ];
 
 /// Calls the target of this name.
