@@ -141,6 +141,9 @@ impl LocalState {
     ///
     /// # Errors
     /// When a rule forbids it or it can not be written; then nothing was changed.
+    ///
+    /// If the system can not say whether the change is durable, the process ends: whoever went on would act on a state that
+    /// the next start may not find. That start reads what is there, as after a crash.
     pub fn execute(&mut self, command: &Command) -> Result<Applied, ExecuteError> {
         let mut next = self.state.clone();
         let applied = next.apply(command)?;
@@ -205,7 +208,9 @@ fn decode(bytes: &[u8]) -> Result<State, DecodeError> {
     if blake3::hash(text.as_bytes()).to_hex().as_str() != envelope.blake3 {
         return Err(DecodeError::Damaged("its checksum does not match".into()));
     }
-    let state: State = serde_json::from_str(text).map_err(|error| DecodeError::Damaged(error.to_string()))?;
+    let mut state: State =
+        serde_json::from_str(text).map_err(|error| DecodeError::Damaged(error.to_string()))?;
+    state.upgrade();
     state.check().map_err(DecodeError::Damaged)?;
     Ok(state)
 }
@@ -232,18 +237,28 @@ fn replace(path: &Path, bytes: &[u8]) -> io::Result<()> {
     let mut file = File::create(&fresh)?;
     file.write_all(bytes)?;
     file.sync_all()?;
+    let directory = File::open(path.parent().unwrap_or(Path::new(".")))?;
     fs::rename(&fresh, path)?;
-    File::open(path.parent().unwrap_or(Path::new(".")))?.sync_all()
+    if let Err(error) = directory.sync_all() {
+        eprintln!(
+            "unibody: whether the node's state in {} is durable is unknown ({error}): the process ends",
+            path.display()
+        );
+        std::process::abort();
+    }
+    Ok(())
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::state::NodeId;
     use unibody_dataplane::ids::DiskUuid;
 
     fn add_disk(n: u128) -> Command {
         Command::AddDisk {
             disk: DiskUuid(n),
+            node: NodeId::LOCAL,
             domain: format!("d{n}"),
             bytes: 1 << 30,
         }
@@ -292,12 +307,12 @@ mod tests {
     #[test]
     fn a_newer_format_is_refused_as_such() {
         let text = String::from_utf8(encode(&State::default())).unwrap();
-        let newer = text.replacen("\"format\":1", "\"format\":2", 1);
-        assert!(matches!(decode(newer.as_bytes()), Err(DecodeError::Newer(2))));
+        let newer = text.replacen("\"format\":2", "\"format\":3", 1);
+        assert!(matches!(decode(newer.as_bytes()), Err(DecodeError::Newer(3))));
     }
 
     #[test]
-    fn the_file_of_format_1_is_as_it_was() {
+    fn the_files_of_every_format_are_read_and_the_present_one_is_as_it_was() {
         let mut state = State::default();
         state.apply(&add_disk(0xabc)).unwrap();
         let instance = 5;
@@ -313,12 +328,14 @@ mod tests {
             chunks,
         };
         state.apply(&create).unwrap();
-        let golden = include_str!("../golden/state-1.json");
+        let golden = include_str!("../golden/state-2.json");
         assert_eq!(
             String::from_utf8(encode(&state)).unwrap(),
             golden,
             "the format changed: raise FORMAT and keep reading the old one"
         );
-        assert_eq!(decode(golden.as_bytes()).ok(), Some(state));
+        assert_eq!(decode(golden.as_bytes()).ok(), Some(state.clone()));
+        let before = include_str!("../golden/state-1.json");
+        assert_eq!(decode(before.as_bytes()).ok(), Some(state));
     }
 }

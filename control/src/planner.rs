@@ -49,10 +49,10 @@ impl<'a> Board<'a> {
         let mut disks: Vec<Candidate<'a>> = state
             .disks
             .iter()
-            .filter(|(_, record)| !record.out)
+            .filter(|(uuid, _)| state.usable(uuid.0).is_some())
             .map(|(uuid, record)| Candidate {
                 uuid: uuid.0,
-                domain: &record.domain,
+                domain: state.domain_of(*uuid).unwrap_or_default(),
                 bytes: record.bytes.max(1),
                 chunks: 0,
             })
@@ -111,7 +111,12 @@ impl<'a> Board<'a> {
 
 /// Stripe width for a new volume: over all disks, within reason.
 pub fn default_width(state: &State) -> u32 {
-    (state.disks.values().filter(|disk| !disk.out).count() as u32).clamp(1, WIDTH_DEFAULT_MAX)
+    (state
+        .disks
+        .keys()
+        .filter(|disk| state.usable(disk.0).is_some())
+        .count() as u32)
+        .clamp(1, WIDTH_DEFAULT_MAX)
 }
 
 /// Disks for `count` new chunks with `copies` replicas each.
@@ -141,14 +146,8 @@ pub fn plan_chunks(state: &State, count: u32, copies: u32) -> Result<Vec<Vec<Dis
 }
 
 /// New places for the replicas of a volume on `from` that are not in sync: those refused for want of room if `full`, all
-/// otherwise. `preferred` is taken where the rules allow. Chunks for which there is no place are left out.
-pub fn plan_moves(
-    state: &State,
-    volume: &str,
-    from: DiskUuid,
-    full: bool,
-    preferred: Option<DiskUuid>,
-) -> Vec<(u32, DiskUuid)> {
+/// otherwise. Chunks for which there is no place are left out.
+pub fn plan_moves(state: &State, volume: &str, from: DiskUuid, full: bool) -> Vec<(u32, DiskUuid)> {
     let Some(volume) = state.volumes.get(volume) else {
         return Vec::new();
     };
@@ -164,21 +163,18 @@ pub fn plan_moves(
         let others: Vec<_> = slots.iter().filter(|slot| slot.disk != Disk(from)).collect();
         let mut taken: Vec<&str> = others
             .iter()
-            .filter_map(|slot| state.disks.get(&slot.disk))
-            .map(|record| record.domain.as_str())
+            .filter_map(|slot| state.domain_of(slot.disk))
             .collect();
         let chosen: Vec<usize> = others
             .iter()
             .filter_map(|slot| board.disks.iter().position(|disk| disk.uuid == slot.disk.0))
             .collect();
-        let wanted = preferred.and_then(|uuid| board.disks.iter().position(|disk| disk.uuid == uuid));
-        let wanted = wanted.filter(|&disk| !taken.contains(&board.disks[disk].domain));
         // What was full is full still: another disk, even of the same domain.
         let spare = board.disks.iter().position(|disk| disk.uuid == from);
         let spare = spare
             .map(|disk| std::mem::replace(&mut board.disks[disk].chunks, u64::MAX >> 16).min(u64::MAX >> 16));
-        let found = wanted
-            .or_else(|| board.best(&chosen, &taken))
+        let found = board
+            .best(&chosen, &taken)
             .filter(|&disk| board.disks[disk].uuid != from);
         if let (Some(chunks), Some(disk)) = (spare, board.disks.iter().position(|disk| disk.uuid == from)) {
             board.disks[disk].chunks = chunks;
@@ -200,7 +196,7 @@ pub fn chunks_in(bytes: u64) -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::state::Command;
+    use crate::state::{Command, NodeId};
     use proptest::prelude::*;
 
     fn state_of(disks: &[(u64, u32)]) -> State {
@@ -208,6 +204,7 @@ mod tests {
         for (number, &(gigabytes, domain)) in disks.iter().enumerate() {
             let command = Command::AddDisk {
                 disk: DiskUuid(number as u128 + 1),
+                node: NodeId::LOCAL,
                 domain: format!("d{domain}"),
                 bytes: gigabytes << 30,
             };

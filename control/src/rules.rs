@@ -7,41 +7,68 @@ use unibody_dataplane::config::{Change, Outcome, Proposal};
 use unibody_dataplane::ids::{BootId, DiskUuid, Generation, PowerId};
 
 use crate::planner;
-use crate::state::{Applied, Command, Disk, ReplicaState, State};
+use crate::state::{Applied, Command, Disk, NodeId, Refused, ReplicaState, State, VmSpec};
 
 /// A step of a random history; numbers are taken modulo what there is.
 #[derive(Clone, Debug)]
 enum Step {
-    AddDisk(u8, u8),
+    AddNode(u8, u8),
+    RemoveNode(u8),
+    Drain(u8, bool),
+    AddDisk(u8, u8, bool),
+    DiskUp(u8, u8),
+    ForgetDisk(u8),
     DiskOut(u8),
     Create(u8, u8),
     Grow(u8),
     Delete(u8),
-    Attach(u8),
+    Attach(u8, u8, bool),
+    LetGo(u8, u8, bool),
+    Handover(u8, u8),
     Propose {
         volume: u8,
         disk: u8,
         kind: u8,
         chunks: Vec<u32>,
+        boot: u8,
         old_config: bool,
         old_generation: bool,
     },
-    Move(u8, u8),
+    Move(u8, u8, bool),
+    Vm(u8, u8, u8),
+    PlaceVm(u8, u8, bool),
+    DeleteVm(u8),
+    Batch(Vec<Step>),
 }
 
 fn step() -> impl Strategy<Value = Step> {
+    prop_oneof![30 => one(), 1 => prop::collection::vec(one(), 0..6).prop_map(Step::Batch)]
+}
+
+fn one() -> impl Strategy<Value = Step> {
     prop_oneof![
-        2 => (0u8..8, prop_oneof![3 => Just(0u8), 1 => 0u8..5]).prop_map(|(n, moved)| Step::AddDisk(n, moved)),
+        1 => (0u8..6, 0u8..5).prop_map(|(n, domain)| Step::AddNode(n, domain)),
+        1 => (0u8..6).prop_map(Step::RemoveNode),
+        1 => (0u8..6, any::<bool>()).prop_map(|(n, on)| Step::Drain(n, on)),
+        2 => (0u8..8, prop_oneof![3 => Just(0u8), 1 => 0u8..5], any::<bool>())
+            .prop_map(|(n, moved, own)| Step::AddDisk(n, moved, own)),
+        1 => (0u8..8, 0u8..3).prop_map(|(n, boot)| Step::DiskUp(n, boot)),
+        1 => (0u8..8).prop_map(Step::ForgetDisk),
         1 => (0u8..8).prop_map(Step::DiskOut),
         2 => (0u8..4, 1u8..=3).prop_map(|(v, m)| Step::Create(v, m)),
         1 => (0u8..4).prop_map(Step::Grow),
         1 => (0u8..4).prop_map(Step::Delete),
-        3 => (0u8..4).prop_map(Step::Attach),
-        12 => (0u8..4, 0u8..8, 0u8..3, prop::collection::vec(0u32..6, 0..5), prop::bool::weighted(0.1), prop::bool::weighted(0.1))
-            .prop_map(|(volume, disk, kind, chunks, old_config, old_generation)| Step::Propose {
-                volume, disk, kind, chunks, old_config, old_generation,
+        3 => (0u8..4, 0u8..6, prop::bool::weighted(0.1)).prop_map(|(v, n, old)| Step::Attach(v, n, old)),
+        1 => (0u8..4, 0u8..6, any::<bool>()).prop_map(|(v, n, revoke)| Step::LetGo(v, n, revoke)),
+        1 => (0u8..4, 0u8..6).prop_map(|(v, n)| Step::Handover(v, n)),
+        12 => (0u8..4, 0u8..8, 0u8..3, prop::collection::vec(0u32..6, 0..5), 0u8..3, prop::bool::weighted(0.1), prop::bool::weighted(0.1))
+            .prop_map(|(volume, disk, kind, chunks, boot, old_config, old_generation)| Step::Propose {
+                volume, disk, kind, chunks, boot, old_config, old_generation,
             }),
-        3 => (0u8..4, 0u8..8).prop_map(|(v, d)| Step::Move(v, d)),
+        3 => (0u8..4, 0u8..8, prop::bool::weighted(0.1)).prop_map(|(v, d, old)| Step::Move(v, d, old)),
+        2 => (0u8..4, 0u8..5, 0u8..4).prop_map(|(n, memory, volumes)| Step::Vm(n, memory, volumes)),
+        2 => (0u8..4, 0u8..7, prop::bool::weighted(0.1)).prop_map(|(n, node, old)| Step::PlaceVm(n, node, old)),
+        1 => (0u8..4).prop_map(Step::DeleteVm),
     ]
 }
 
@@ -49,14 +76,53 @@ fn disk(n: u8) -> DiskUuid {
     DiskUuid(u128::from(n) + 1)
 }
 
+fn add_node(n: u8, domain: u8) -> Command {
+    Command::AddNode {
+        node: NodeId(u64::from(n) + 1),
+        store: u128::from(n),
+        name: format!("n{n}"),
+        addresses: vec![format!("10.0.0.{n}:7000")],
+        domain: format!("d{domain}"),
+        memory: 8,
+        incarnation: 1,
+    }
+}
+
+/// A node of the state's kind: of a cluster or not.
+fn node(state: &State, n: u8) -> NodeId {
+    match state.nodes.is_empty() {
+        true => NodeId::LOCAL,
+        false => NodeId(u64::from(n) + 1),
+    }
+}
+
 fn command(state: &State, step: &Step) -> Option<Command> {
     let name = |v: &u8| format!("v{v}");
     Some(match step {
-        Step::AddDisk(n, moved) => Command::AddDisk {
+        // Never in a state of one node alone.
+        Step::AddNode(n, domain) if !state.nodes.is_empty() => add_node(*n, *domain),
+        Step::AddNode(..) => return None,
+        Step::RemoveNode(n) => Command::RemoveNode {
+            node: node(state, *n),
+        },
+        Step::Drain(n, on) => Command::Drain {
+            node: node(state, *n),
+            on: *on,
+        },
+        Step::AddDisk(n, moved, own) => Command::AddDisk {
             disk: disk(*n),
-            domain: format!("d{}", (n + moved) % 5),
+            node: node(state, (n + moved) % 6),
+            domain: match *own || state.nodes.is_empty() {
+                true => format!("d{}", (n + moved) % 5),
+                false => String::new(),
+            },
             bytes: 1 << 30,
         },
+        Step::DiskUp(n, boot) => Command::DiskUp {
+            disk: disk(*n),
+            boot: u128::from(*boot),
+        },
+        Step::ForgetDisk(n) => Command::ForgetDisk { disk: disk(*n) },
         Step::DiskOut(n) => Command::DiskOut { disk: disk(*n) },
         Step::Create(v, mirror) => Command::CreateVolume {
             name: name(v),
@@ -79,12 +145,38 @@ fn command(state: &State, step: &Step) -> Option<Command> {
             }
         }
         Step::Delete(v) => Command::DeleteVolume { name: name(v) },
-        Step::Attach(v) => Command::Attach { name: name(v) },
+        Step::Attach(v, n, old) => Command::Attach {
+            name: name(v),
+            node: node(state, *n),
+            generation: state
+                .volumes
+                .get(&name(v))?
+                .generation
+                .wrapping_sub(u32::from(*old)),
+        },
+        Step::LetGo(v, n, revoke) => {
+            let (name, generation) = (name(v), state.volumes.get(&name(v))?.generation);
+            let node = node(state, *n);
+            match revoke {
+                true => Command::Revoke { name, generation },
+                false => Command::Release {
+                    name,
+                    node,
+                    generation,
+                },
+            }
+        }
+        Step::Handover(v, n) => Command::Handover {
+            name: name(v),
+            generation: state.volumes.get(&name(v))?.generation,
+            to: node(state, *n),
+        },
         Step::Propose {
             volume,
             disk: d,
             kind,
             chunks,
+            boot,
             old_config,
             old_generation,
         } => {
@@ -99,7 +191,7 @@ fn command(state: &State, step: &Step) -> Option<Command> {
                 _ => Change::MarkInSync {
                     disk,
                     chunks,
-                    boot: BootId(9),
+                    boot: BootId(u128::from(*boot)),
                     power: PowerId(8),
                 },
             };
@@ -114,21 +206,86 @@ fn command(state: &State, step: &Step) -> Option<Command> {
                 proposal,
             }
         }
-        Step::Move(v, d) => Command::Move {
-            name: name(v),
-            from: disk(*d),
-            to: planner::plan_moves(state, &name(v), disk(*d), false, None),
+        Step::Move(v, d, old) => {
+            let volume = state.volumes.get(&name(v))?;
+            Command::Move {
+                name: name(v),
+                generation: volume.generation,
+                config: volume.config - u32::from(*old),
+                from: disk(*d),
+                to: planner::plan_moves(state, &name(v), disk(*d), false),
+            }
+        }
+        Step::Vm(n, memory, volumes) => {
+            let (name, known) = (format!("m{n}"), state.vms.contains_key(&format!("m{n}")));
+            let vm = VmSpec {
+                definition: format!("{{\"n\":{n}}}"),
+                memory: u64::from(*memory),
+                volumes: (0..*volumes).map(|v| format!("v{}", (v + n) % 4)).collect(),
+                run: true,
+            };
+            match known {
+                true => Command::UpdateVm { name, vm },
+                false => Command::CreateVm { name, vm },
+            }
+        }
+        Step::PlaceVm(n, target, old) => Command::PlaceVm {
+            name: format!("m{n}"),
+            node: (*target < 6).then(|| node(state, *target)),
+            epoch: state
+                .vms
+                .get(&format!("m{n}"))?
+                .epoch
+                .wrapping_sub(u32::from(*old)),
         },
+        Step::DeleteVm(n) => Command::DeleteVm {
+            name: format!("m{n}"),
+        },
+        Step::Batch(steps) => Command::Batch(steps.iter().filter_map(|step| command(state, step)).collect()),
     })
 }
 
 /// Rules about one change, beside those that [`State::check`] knows of every state.
 fn check_change(before: &State, after: &State, command: &Command, result: &Applied) {
+    if let (Command::Batch(commands), Applied::Batch(answers)) = (command, result) {
+        // One after the other is the same as all at once.
+        let mut one_by_one = before.clone();
+        let expected: Vec<_> = commands.iter().map(|command| one_by_one.apply(command)).collect();
+        assert_eq!((&one_by_one, &expected), (after, answers));
+        return;
+    }
+    for id in after.nodes.keys() {
+        let placed = after.vms.values().filter(|vm| vm.node == Some(*id));
+        let used: u64 = placed.map(|vm| vm.spec.memory).sum();
+        assert!(
+            used <= after.nodes[id].memory,
+            "{command:?}: memory promised twice"
+        );
+    }
+    for (id, node) in &before.nodes {
+        if !after.nodes.contains_key(id) {
+            let on_it = |disk: &Disk| before.disks[disk].node == *id;
+            let mut slots = before
+                .volumes
+                .values()
+                .flat_map(|volume| volume.chunks.iter().flatten());
+            assert!(!slots.any(|slot| on_it(&slot.disk)), "{} had replicas", node.name);
+            assert!(before.volumes.values().all(|volume| volume.owner != Some(*id)));
+            assert!(before.vms.values().all(|vm| vm.node != Some(*id)));
+        }
+    }
     for (name, volume) in &after.volumes {
         let Some(old) = before.volumes.get(name).filter(|old| old.id == volume.id) else {
             continue;
         };
         assert!(volume.config >= old.config && volume.generation >= old.generation);
+        if volume.owner.is_some() && volume.owner != old.owner {
+            assert!(volume.generation > old.generation, "two owners in one generation");
+            assert!(old.owner.is_none() || matches!(command, Command::Handover { .. }));
+        }
+        if volume.chunks != old.chunks && !matches!(command, Command::DiskOut { .. }) {
+            assert_eq!(volume.generation, old.generation);
+        }
         if volume != old {
             assert!(
                 volume.config > old.config,
@@ -136,7 +293,7 @@ fn check_change(before: &State, after: &State, command: &Command, result: &Appli
             );
         }
         for (now, then) in volume.chunks.iter().zip(&old.chunks) {
-            let domains: BTreeSet<_> = now.iter().map(|slot| &after.disks[&slot.disk].domain).collect();
+            let domains: BTreeSet<_> = now.iter().map(|slot| after.domain_of(slot.disk)).collect();
             assert_eq!(
                 domains.len(),
                 now.len(),
@@ -158,7 +315,17 @@ fn check_change(before: &State, after: &State, command: &Command, result: &Appli
     }
     if let (Command::Propose { name, proposal }, Applied::Outcome(outcome)) = (command, result) {
         let old = &before.volumes[name];
-        let current = proposal.generation.0 == old.generation && proposal.config == old.config;
+        let current =
+            old.owner.is_some() && proposal.generation.0 == old.generation && proposal.config == old.config;
+        if let Change::MarkInSync { disk, boot, .. } = &proposal.change {
+            let stated = before.disks.get(&Disk(*disk)).map_or(0, |record| record.boot);
+            let now = &after.volumes[name].chunks;
+            let came = now.iter().zip(&old.chunks).any(|(now, then)| now != then);
+            assert!(
+                !came || stated == 0 || stated == boot.0,
+                "in sync with a boot that is over"
+            );
+        }
         assert_eq!(
             matches!(outcome, Outcome::Committed(_)),
             current,
@@ -174,14 +341,20 @@ fn check_change(before: &State, after: &State, command: &Command, result: &Appli
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(400))]
     #[test]
-    fn no_history_breaks_a_rule(steps in prop::collection::vec(step(), 1..120)) {
+    fn no_history_breaks_a_rule(cluster: bool, steps in prop::collection::vec(step(), 1..120)) {
         let mut state = State::default();
         for n in 0..4 {
-            let add = Command::AddDisk { disk: disk(n), domain: format!("d{n}"), bytes: 1 << 30 };
+            if cluster {
+                state.apply(&add_node(n, n)).unwrap();
+            }
+            let add = Step::AddDisk(n, 0, false);
+            let add = command(&state, &add).unwrap();
             state.apply(&add).unwrap();
         }
         for step in &steps {
             let Some(command) = command(&state, step) else { continue };
+            let text = serde_json::to_string(&command).unwrap();
+            prop_assert_eq!(&serde_json::from_str::<Command>(&text).unwrap(), &command);
             let before = state.clone();
             let mut twin = state.clone();
             let result = state.apply(&command);
@@ -190,7 +363,11 @@ proptest! {
             prop_assert_eq!(state.check(), Ok(()));
             match &result {
                 Ok(applied) => check_change(&before, &state, &command, applied),
-                Err(_) => prop_assert_eq!(&state, &before, "a refused command changed something"),
+                Err(refused) => {
+                    prop_assert_eq!(&state, &before, "a refused command changed something");
+                    let text = serde_json::to_string(refused).unwrap();
+                    prop_assert_eq!(&serde_json::from_str::<Refused>(&text).unwrap(), refused);
+                }
             }
             let text = serde_json::to_string(&state).unwrap();
             prop_assert_eq!(&serde_json::from_str::<State>(&text).unwrap(), &state);
@@ -205,6 +382,7 @@ fn the_last_copy_stays_in_sync() {
         state
             .apply(&Command::AddDisk {
                 disk: disk(n),
+                node: NodeId::LOCAL,
                 domain: format!("d{n}"),
                 bytes: 1 << 30,
             })
@@ -213,6 +391,8 @@ fn the_last_copy_stays_in_sync() {
     let create = Step::Create(0, 2);
     let create = command(&state, &create).unwrap();
     state.apply(&create).unwrap();
+    let attach = command(&state, &Step::Attach(0, 0, false)).unwrap();
+    state.apply(&attach).unwrap();
     for (n, left) in [(0, 1), (1, 1)] {
         let volume = &state.volumes["v0"];
         let proposal = Proposal {

@@ -34,6 +34,11 @@ pub struct LayerId(pub u32);
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Generation(pub u32);
 
+impl Generation {
+    /// The last there can be: generations are counted in 24 bits.
+    pub const LAST: Generation = Generation((1 << 24) - 1);
+}
+
 /// Orders every write of a volume across its owners: `generation << 40 | counter`. Zero: never written.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Version(pub u64);

@@ -18,3 +18,4 @@ pub mod reactor;
 pub mod replica;
 mod shard;
 pub mod store;
+pub mod wire;

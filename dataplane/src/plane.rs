@@ -12,7 +12,7 @@ use std::time::Duration;
 use crate::config::{Outcome, Proposal, VolumeConfig};
 use crate::disk::Disk;
 use crate::frontend::Queue;
-use crate::ids::{BootId, DiskUuid, PowerId, VolumeId};
+use crate::ids::{BootId, DiskUuid, Generation, PowerId, VolumeId};
 use crate::mirror::MirrorStatus;
 use crate::reactor::mailbox::{Sender, Waker, mailbox};
 use crate::reactor::pin::{Pinned, spawn_pinned};
@@ -66,14 +66,15 @@ pub struct DiskUp {
 pub enum Event {
     /// A volume's owner asks for a change.
     Proposal(VolumeIndex, VolumeId, Proposal),
+    /// A disk failed by itself: what it completed before may be lost, so it must not come back as if it were not. Its
+    /// [`Event::DiskFailed`] follows.
+    Distrusted(DiskIndex),
     /// A disk is out of service; its store answers nothing any more and the device was let go.
     DiskFailed {
         /// Which.
         disk: DiskIndex,
         /// Why.
         reason: String,
-        /// It failed by itself: what it completed before may be lost.
-        distrust: bool,
     },
     /// A volume is being served.
     Attached {
@@ -144,7 +145,7 @@ pub(crate) enum Command {
     /// On its reactor: flush, mark clean, let go. False: it failed meanwhile.
     CloseDisk(DiskIndex, mpsc::Sender<bool>),
     /// On its reactor: replicas whose volume or place is gone.
-    DropChunks(DiskIndex, Vec<ChunkRef>),
+    DropChunks(DiskIndex, Vec<ChunkRef>, Generation),
     AddVolume(VolumeIndex, VolumeConfig, Vec<DiskUp>),
     Decided(VolumeIndex, Outcome),
     Reconfigured(VolumeIndex, VolumeConfig),
@@ -163,6 +164,18 @@ pub struct QueueKey {
     pub device: u32,
     /// The queue's index in the device.
     pub index: u16,
+}
+
+/// A reactor that panics takes the process with it: whoever waits for its answer would wait for ever, and what it has in
+/// hand is safe only as after a crash.
+struct AbortOnPanic;
+
+impl Drop for AbortOnPanic {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            std::process::abort();
+        }
+    }
 }
 
 struct Port {
@@ -198,6 +211,7 @@ impl Plane {
                 match Shard::new(number, core, waker, receiver, peers, events) {
                     Ok(shard) => {
                         started.send(Ok(())).ok();
+                        let _guard = AbortOnPanic;
                         shard.run();
                     }
                     Err(error) => {
@@ -271,9 +285,10 @@ impl Plane {
         receiver
     }
 
-    /// Gives back the space of replicas that no volume has any more.
-    pub fn drop_chunks(&self, index: DiskIndex, chunks: Vec<ChunkRef>) {
-        self.send(self.home(index.0), Command::DropChunks(index, chunks));
+    /// Gives back the space of replicas that no volume has any more, in the name of `generation`: the volume's own, or
+    /// [`Generation::LAST`] if there is no such volume. In the name of an older one nothing is dropped.
+    pub fn drop_chunks(&self, index: DiskIndex, chunks: Vec<ChunkRef>, generation: Generation) {
+        self.send(self.home(index.0), Command::DropChunks(index, chunks, generation));
     }
 
     /// Begins to own a volume: seal, compare, serve.

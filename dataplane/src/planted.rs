@@ -58,6 +58,8 @@ pub enum Bug {
     FreeJournalEarly,
     /// Store: blocks of regions found dirty at open are served unchecked.
     IgnoreInDoubt,
+    /// Mirror: an owner without a lease believes one replica.
+    ReadUnconfirmed,
     /// Store: a chunk is marked clean though a write in it is above the stable version.
     CleanAboveStable,
     /// Store: a write does not wait for a clean mark that is on its way.

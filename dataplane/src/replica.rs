@@ -132,6 +132,9 @@ pub enum Request {
     },
     /// Make everything answered so far durable.
     Flush,
+    /// Say that the header's generation is still the one that the replica was sealed with. Reads of an owner that can not be
+    /// sure of its lease are believed only after all required replicas said so.
+    Confirm,
     /// Tell what a region holds. With `verify`, or where the region is in doubt, every valid block is read and checked.
     Digest {
         /// The replica.
@@ -198,7 +201,7 @@ pub struct Sealed {
 /// An answer.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Reply {
-    /// Done (`CreateChunk`, `DropChunk`, `Write`, `Zero`, `Install`, `Settle`, `Flush`).
+    /// Done (`CreateChunk`, `DropChunk`, `Write`, `Zero`, `Install`, `Settle`, `Flush`, `Confirm`).
     Done,
     /// To `Seal`.
     Sealed(Box<Sealed>),

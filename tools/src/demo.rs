@@ -12,7 +12,8 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 use clap::Args;
-use unibody_control::admin::{NodeStatus, Request, call};
+use unibody_control::admin::{NodeStatus, Request, VolumeStatus, call};
+use unibody_vmm_adapter::{RuntimeRoot, VmSpec, Vmm, VmmKind, guest};
 
 use crate::bench::client::Client;
 use crate::bench::stamp;
@@ -60,9 +61,10 @@ impl NodeProcess {
         for disk in 0..DISKS {
             command.arg("--disk").arg(disk_path(dir, disk));
         }
-        let volume = format!("demo,size=1G,mirror=2,socket={}", dir.join("demo.sock").display());
+        let demo = format!("demo,size=1G,mirror=2,socket={}", dir.join("demo.sock").display());
+        let vm = format!("vm,size=64M,mirror=2,socket={}", dir.join("vm.sock").display());
         command
-            .args(["--volume", &volume])
+            .args(["--volume", &demo, "--volume", &vm])
             .stdout(Stdio::piped())
             .stderr(Stdio::null());
         let mut child = command.spawn().context("the node can not be started")?;
@@ -93,13 +95,16 @@ impl NodeProcess {
         let start = Instant::now();
         loop {
             let status = self.status()?;
-            let volume = status.volumes.first().context("the volume is gone")?;
-            if volume.state == "healthy" && volume.regions_to_heal == 0 && volume.in_sync == volume.replicas {
+            let whole = |volume: &VolumeStatus| {
+                volume.state == "healthy" && volume.regions_to_heal == 0 && volume.in_sync == volume.replicas
+            };
+            if status.volumes.iter().all(whole) {
                 return Ok(start.elapsed());
             }
             ensure!(
                 start.elapsed() < PATIENCE,
-                "redundancy did not come back: {volume:?}"
+                "redundancy did not come back: {:?}",
+                status.volumes
             );
             std::thread::sleep(Duration::from_millis(50));
         }
@@ -214,6 +219,84 @@ impl Load {
     }
 }
 
+/// The VMMs of this machine, to boot the tiny guest on the volume `vm` with.
+struct Vms {
+    there: Vec<Box<dyn Vmm>>,
+    /// Why the others are not used.
+    missing: Vec<String>,
+    dir: PathBuf,
+    runs: usize,
+}
+
+/// The VM's name, and the volume's.
+const VM: &str = "vm";
+
+impl Drop for Vms {
+    fn drop(&mut self) {
+        for vmm in &self.there {
+            // It runs under one of them at most, and under none if all went well.
+            vmm.kill(VM).ok();
+        }
+    }
+}
+
+impl Vms {
+    fn find(dir: &Path) -> Result<Self> {
+        let mut vms = Vms {
+            there: Vec::new(),
+            missing: Vec::new(),
+            dir: dir.to_path_buf(),
+            runs: 0,
+        };
+        let root = RuntimeRoot::new(dir.join("run"));
+        for vmm in VmmKind::ALL.map(|kind| kind.adapter(root.clone())) {
+            match vmm.probe() {
+                Ok(_) => vms.there.push(vmm),
+                Err(error) => vms.missing.push(error.to_string()),
+            }
+        }
+        std::fs::write(dir.join("guest"), guest::KERNEL)?;
+        Ok(vms)
+    }
+
+    /// Boots the guest, each time under the next VMM, to write to the volume or to verify what was written there. What
+    /// happened, or why nothing did.
+    fn run(&mut self, work: &str) -> Result<String> {
+        if guest::KERNEL.is_empty() {
+            return Ok("no VM: the demo's guest was not built, for want of gcc and ld".into());
+        }
+        let Some(vmm) = self.there.get(self.runs % self.there.len().max(1)) else {
+            return Ok(format!("no VM: {}", self.missing.join("; ")));
+        };
+        self.runs += 1;
+        let log = self.dir.join(format!("{work}.serial"));
+        let show = |name: &str| toml::Value::String(self.dir.join(name).display().to_string());
+        let spec = VmSpec::parse(&format!(
+            "name = '{VM}'\nmemory = '64M'\nserial_log = {}\n[boot]\nkernel = {}\ncmdline = '{work} demo'\n[[volumes]]\n\
+             name = 'root'\nsocket = {}\n",
+            show(&format!("{work}.serial")),
+            show("guest"),
+            show("vm.sock"),
+        ))?;
+        vmm.start(&spec)?;
+        let end = Instant::now() + PATIENCE;
+        let said = loop {
+            if let Some(said) = guest::verdict(&log) {
+                break said;
+            }
+            ensure!(
+                Instant::now() < end,
+                "the guest says nothing in {}",
+                log.display()
+            );
+            std::thread::sleep(Duration::from_millis(20));
+        };
+        let said = said.map_err(|said| anyhow::anyhow!("the guest found: {said}"))?;
+        vmm.kill(VM)?;
+        Ok(format!("a VM under {}: {said}", vmm.kind()))
+    }
+}
+
 /// Reads everything that was written back and compares.
 fn verify(socket: &Path, written: &Written) -> Result<usize> {
     let mut client = Client::connect(socket, 1, stamp::BLOCK)?;
@@ -262,6 +345,9 @@ fn play(dir: &Path, core: usize) -> Result<()> {
     let node = NodeProcess::start(dir, core)?;
     say("a node serves a volume of 1 GiB: two copies of everything, striped over the four disks".into());
 
+    let mut vms = Vms::find(dir)?;
+    say(vms.run("write")?);
+
     let load = Load::start(&socket)?;
     std::thread::sleep(Duration::from_secs(2));
     say(format!(
@@ -272,7 +358,9 @@ fn play(dir: &Path, core: usize) -> Result<()> {
     let name = disk_path(dir, 1).display().to_string();
     node.ask(&Request::DiskFail { disk: name.clone() })?;
     std::thread::sleep(Duration::from_secs(1));
-    let state = node.status()?.volumes[0].state.clone();
+    let volumes = node.status()?.volumes;
+    let volume = volumes.iter().find(|volume| volume.name == "demo");
+    let state = volume.context("the volume is gone")?.state.clone();
     ensure!(
         state == "degraded",
         "a disk was taken away, and the volume is {state}"
@@ -313,6 +401,7 @@ fn play(dir: &Path, core: usize) -> Result<()> {
     let node = NodeProcess::start(dir, core)?;
     let checked = verify(&socket, &written)?;
     say(format!("started again: {checked} blocks verified"));
+    say(vms.run("verify")?);
     node.heal()?;
     node.stop()?;
     for disk in 0..DISKS {

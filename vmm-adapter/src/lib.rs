@@ -15,6 +15,7 @@ mod backend;
 mod binary;
 mod cloud_hypervisor;
 mod error;
+pub mod guest;
 mod lifecycle;
 mod process;
 mod qemu;

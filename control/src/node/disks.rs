@@ -280,6 +280,10 @@ pub(crate) struct NodeDisk {
     pub(crate) faults: Option<FaultHandle>,
     /// Taken out by hand: it is not tried again by itself.
     pub(crate) by_hand: bool,
+    /// It failed by itself and that could not be recorded yet.
+    pub(crate) distrust: bool,
+    /// Replicas found on it when it was opened, until it is known which have a place there.
+    pub(crate) found: Vec<ChunkRef>,
     retries: u32,
     retry_at: Option<Instant>,
 }
@@ -301,6 +305,8 @@ impl NodeDisk {
             up: None,
             faults: None,
             by_hand: false,
+            distrust: false,
+            found: Vec::new(),
             retries: 0,
             retry_at: None,
         }

@@ -8,7 +8,10 @@
 mod disks;
 mod exports;
 mod operator;
+mod requests;
 mod status;
+mod storage;
+mod volumes;
 
 use std::collections::VecDeque;
 use std::path::PathBuf;
@@ -21,13 +24,14 @@ use unibody_dataplane::disk::faulty::{self, Kinds, Rule};
 use unibody_dataplane::disk::spec::{Backend, DiskSpec, SpecError};
 use unibody_dataplane::disk::{DiskKind, IoError};
 use unibody_dataplane::frontend::{DeviceConfig, Export, ServeError};
-use unibody_dataplane::ids::{DiskUuid, VolumeId};
+use unibody_dataplane::ids::{DiskUuid, Generation, VolumeId};
 use unibody_dataplane::plane::{DISKS_MAX, DiskIndex, DiskUp, Event, Plane, VOLUMES_MAX, VolumeIndex};
+use unibody_dataplane::replica::ChunkRef;
 
 use crate::admin::{Fault, Request, Response, VolumeSpec};
 use crate::local::{ExecuteError, LocalState, OpenError};
 use crate::planner::{self, PlanError};
-use crate::state::{Applied, Command, Disk, Refused, Replica, ReplicaState};
+use crate::state::{Applied, Command, Disk, NodeId, Refused, Replica, ReplicaState};
 
 pub use disks::{DiskError, check_disk, format_disk};
 use disks::{NodeDisk, Opened, Phase};
@@ -146,8 +150,6 @@ pub struct Node {
     /// Inputs that came while the agent waited for an owner to become quiet.
     backlog: VecDeque<Input>,
     sender: mpsc::Sender<Input>,
-    /// Disks whose replicas are to go elsewhere, and where to if it can be chosen.
-    leaving: Vec<(DiskUuid, Option<DiskUuid>)>,
     notices: Vec<String>,
     _door: Option<operator::Door>,
 }
@@ -203,13 +205,14 @@ impl Node {
             inputs,
             backlog: VecDeque::new(),
             sender,
-            leaving: Vec::new(),
             notices: Vec::new(),
             _door: None,
             options,
         };
         node.open_disks()?;
-        node.attach_known()?;
+        node.attach_known();
+        node.drop_garbage();
+        node.move_replicas();
         for spec in node.options.volumes.clone() {
             node.serve_volume(&spec)?;
         }
@@ -266,18 +269,23 @@ impl Node {
     fn shut_down(mut self) -> Result<(), NodeError> {
         let end = Instant::now() + PATIENCE;
         let left = |end: Instant| end.saturating_duration_since(Instant::now());
-        for volume in self.volumes.iter_mut().flatten() {
-            // Ends the session, which takes the queues back first.
-            volume.export = None;
+        let exports: Vec<_> = self
+            .volumes
+            .iter_mut()
+            .flatten()
+            .filter_map(|volume| volume.export.take())
+            .collect();
+        let mut unclean = Vec::new();
+        if !self.end_sessions(exports, end) {
+            unclean.push("a guest's requests did not end".to_owned());
         }
-        let leaving: Vec<_> = self
+        let quiet: Vec<_> = self
             .volumes
             .iter()
             .flatten()
             .map(|volume| self.plane.remove_volume(volume.index))
             .collect();
-        let mut unclean = Vec::new();
-        for quiet in leaving {
+        for quiet in quiet {
             if !self.wait_quiet(&quiet, end) {
                 unclean.push("a volume did not become quiet".to_owned());
             }
@@ -307,7 +315,20 @@ impl Node {
         }
     }
 
-    /// Waits until an owner has ended. It may still need the outcome of a proposal for that.
+    /// Ends front ends' sessions, which take their queues back first. What is in flight there may need the outcome of a
+    /// proposal, so it is not waited for in one piece.
+    fn end_sessions(&mut self, exports: Vec<Export>, end: Instant) -> bool {
+        let (ended, quiet) = mpsc::channel();
+        let ending = std::thread::Builder::new()
+            .name("sessions".into())
+            .spawn(move || {
+                drop(exports);
+                ended.send(()).ok();
+            });
+        ending.is_ok() && self.wait_quiet(&quiet, end)
+    }
+
+    /// Waits until something has ended. It may still need the outcome of a proposal for that.
     fn wait_quiet(&mut self, quiet: &mpsc::Receiver<()>, end: Instant) -> bool {
         while quiet
             .recv_timeout(Duration::from_millis(2))
@@ -326,384 +347,18 @@ impl Node {
         true
     }
 
-    // Disks.
-
-    fn open_disks(&mut self) -> Result<(), NodeError> {
-        let specs = self.options.disks.clone();
-        for spec in specs {
-            self.add_slot(spec)?;
-        }
-        let (cache, faults) = (self.options.cache_bytes, self.options.faults);
-        let salts = &self.salts();
-        // Side by side: recovery reads a good deal of each disk.
-        let opened: Vec<Result<Opened, DiskError>> = std::thread::scope(|scope| {
-            let threads: Vec<_> = self
-                .disks
-                .iter()
-                .map(|disk| scope.spawn(move || disks::open(&disk.name, &disk.spec, cache, faults, salts)))
-                .collect();
-            threads
-                .into_iter()
-                .map(|thread| thread.join().expect("opening a disk does not panic"))
-                .collect()
-        });
-        for (number, opened) in opened.into_iter().enumerate() {
-            let index = self.disks[number].index;
-            self.bring_up(index, opened?)?;
-        }
-        Ok(())
-    }
-
-    fn add_slot(&mut self, spec: DiskSpec) -> Result<DiskIndex, NodeError> {
-        if self.disks.len() >= DISKS_MAX {
-            return Err(NodeError::Wrong(format!("a node has at most {DISKS_MAX} disks")));
-        }
-        let same = |disk: &NodeDisk| {
-            disks::is_path(&spec).is_some() && disks::is_path(&disk.spec) == disks::is_path(&spec)
-        };
-        if let Some(twin) = self.disks.iter().find(|disk| same(disk)) {
-            return Err(NodeError::Wrong(format!("disk {} is given twice", twin.name)));
-        }
-        let index = DiskIndex(self.disks.len() as u16);
-        self.disks.push(NodeDisk::new(index, spec));
-        Ok(index)
-    }
-
-    fn disk_mut(&mut self, index: DiskIndex) -> &mut NodeDisk {
-        &mut self.disks[usize::from(index.0)]
-    }
-
-    fn bring_up(&mut self, index: DiskIndex, opened: Opened) -> Result<(), NodeError> {
-        let (up, bytes) = (opened.up(index), opened.bytes);
-        if let Some(twin) = self
-            .disks
-            .iter()
-            .find(|disk| disk.uuid == Some(up.uuid) && disk.index != index && disk.up.is_some())
-        {
-            let name = self.disks[usize::from(index.0)].name.clone();
-            return Err(NodeError::Wrong(format!(
-                "{name} and {} are copies of one disk: use only one of them",
-                twin.name
-            )));
-        }
-        let domain = self.disks[usize::from(index.0)].domain();
-        let known = self.control.state().disks.get(&Disk(up.uuid));
-        if known.is_none_or(|record| record.domain != domain || record.bytes != bytes) {
-            self.control.execute(&Command::AddDisk {
-                disk: up.uuid,
-                domain,
-                bytes,
-            })?;
-        }
-        let state = self.control.state();
-        let garbage = opened
-            .chunks
-            .iter()
-            .filter(|chunk| !state.has_volume(chunk))
-            .copied()
-            .collect();
-        self.plane
-            .add_disk(up, opened.service)
-            .map_err(NodeError::Plane)?;
-        self.plane.drop_chunks(index, garbage);
-        self.notices.extend(opened.notices);
-        let disk = self.disk_mut(index);
-        disk.phase = Phase::Online;
-        disk.uuid = Some(up.uuid);
-        disk.kind = opened.kind;
-        disk.up = Some(up);
-        disk.faults = opened.faults;
-        Ok(())
-    }
-
-    /// Opens a disk where nobody waits for it.
-    fn open_later(&mut self, index: DiskIndex, reply: Option<mpsc::Sender<Response>>) {
-        let (cache, faults, sender) = (self.options.cache_bytes, self.options.faults, self.sender.clone());
-        let salts = self.salts();
-        let disk = self.disk_mut(index);
-        disk.phase = Phase::Opening;
-        let (name, spec) = (disk.name.clone(), disk.spec.clone());
-        let opening = std::thread::Builder::new()
-            .name(format!("open{}", index.0))
-            .spawn(move || {
-                let opened = disks::open(&name, &spec, cache, faults, &salts);
-                sender.send(Input::Opened(index, Box::new(opened), reply)).ok();
-            });
-        if let Err(error) = opening {
-            self.disk_mut(index)
-                .failed(format!("it could not be opened: {error}"), Instant::now());
-        }
-    }
-
-    fn opened(
-        &mut self,
-        index: DiskIndex,
-        opened: Result<Opened, DiskError>,
-        reply: Option<mpsc::Sender<Response>>,
-    ) {
-        let result = match opened {
-            Ok(opened) => self.bring_up(index, opened),
-            Err(error) => Err(error.into()),
-        };
-        if let Err(error) = &result {
-            let text = chain(error);
-            eprintln!("unibody: {text}");
-            self.disk_mut(index).failed(text, Instant::now());
-        }
-        if let Some(reply) = reply {
-            respond(&reply, result.map(|()| serde_json::Value::Null));
-        }
-        self.move_replicas();
-    }
-
-    // Volumes.
-
-    /// Every volume the state knows has an owner from the start, served or not: what is degraded heals.
-    fn attach_known(&mut self) -> Result<(), NodeError> {
-        let names: Vec<_> = self.control.state().volumes.keys().cloned().collect();
-        names.iter().try_for_each(|name| self.attach(name).map(drop))
-    }
-
-    fn attach(&mut self, name: &str) -> Result<VolumeIndex, NodeError> {
-        let instance = self.instance(name)?;
-        let config = self.execute_volume(&Command::Attach {
-            name: name.to_owned(),
-        })?;
-        let number = self
-            .volumes
-            .iter()
-            .position(Option::is_none)
-            .unwrap_or(self.volumes.len());
-        if number >= VOLUMES_MAX {
-            return Err(NodeError::Wrong(format!(
-                "a node has at most {VOLUMES_MAX} volumes"
-            )));
-        }
-        if number == self.volumes.len() {
-            self.volumes.push(None);
-        }
-        let index = VolumeIndex(number as u16);
-        let (name, id) = (name.to_owned(), config.id);
-        self.volumes[number] = Some(NodeVolume {
-            name,
-            id,
-            index,
-            socket: None,
-            export: None,
-            instance,
-        });
-        let ups: Vec<DiskUp> = self.disks.iter().filter_map(|disk| disk.up).collect();
-        self.plane.add_volume(index, config, ups);
-        Ok(index)
-    }
-
-    /// What names a volume's contents to front ends: a guest that goes on after a restart of this process is served only if
-    /// it is the same. Drawn anew for each process if the contents do not outlive it, and for good if power was lost under
-    /// every in-sync replica of a chunk: writes that the guest was promised may be gone.
-    fn instance(&mut self, name: &str) -> Result<u128, NodeError> {
-        let record = &self.control.state().volumes[name];
-        let disk = |uuid: Disk| {
-            self.disks
-                .iter()
-                .find(|disk| disk.uuid == Some(uuid.0) && disk.keeps_data())
-        };
-        let every_chunk = |good: &dyn Fn(&Replica, &NodeDisk) -> bool| {
-            record.chunks.iter().all(|slots| {
-                let in_sync = slots.iter().filter(|slot| slot.state == ReplicaState::InSync);
-                in_sync
-                    .filter_map(|slot| Some((slot, disk(slot.disk)?)))
-                    .any(|(slot, disk)| good(slot, disk))
-            })
-        };
-        if !every_chunk(&|_, _| true) {
-            return Ok(disks::random());
-        }
-        let powered = |slot: &Replica, disk: &NodeDisk| {
-            slot.power == 0 || disk.up.is_none_or(|up| up.power.0 == slot.power)
-        };
-        if every_chunk(&powered) {
-            return Ok(record.instance);
-        }
-        let instance = disks::random();
-        self.control.execute(&Command::Renew {
-            name: name.to_owned(),
-            instance,
-        })?;
-        Ok(instance)
-    }
-
-    fn execute_volume(&mut self, command: &Command) -> Result<VolumeConfig, NodeError> {
-        match self.control.execute(command)? {
-            Applied::Volume(config) => Ok(*config),
-            other => unreachable!("{command:?} answers with a volume, not {other:?}"),
-        }
-    }
-
-    fn find_volume(&mut self, name: &str) -> Result<&mut NodeVolume, NodeError> {
-        let found = self
-            .volumes
-            .iter_mut()
-            .flatten()
-            .find(|volume| volume.name == name);
-        found.ok_or_else(|| Refused::NoVolume(name.to_owned()).into())
-    }
-
-    /// Makes a volume exist as `spec` says, and serves it if that has a socket.
-    fn serve_volume(&mut self, spec: &VolumeSpec) -> Result<(), NodeError> {
-        match self.control.state().volumes.get(&spec.name) {
-            None => self.create(spec)?,
-            Some(record) => {
-                let wrong = |what: &str, has: u64, asked: u64| {
-                    Err(NodeError::Wrong(format!(
-                        "volume {} exists with {what} {has}, not {asked}: leave it out, or use another name",
-                        spec.name
-                    )))
-                };
-                match (spec.size, spec.mirror) {
-                    (Some(size), _) if size != record.size => return wrong("size", record.size, size),
-                    (_, Some(mirror)) if mirror != record.mirror => {
-                        return wrong("mirror", u64::from(record.mirror), u64::from(mirror));
-                    }
-                    _ => {}
-                }
-            }
-        }
-        let Some(socket) = &spec.socket else { return Ok(()) };
-        let record = &self.control.state().volumes[&spec.name];
-        let (capacity_bytes, read_only) = (record.size, record.read_only || spec.read_only);
-        let queues_max = spec.queues.unwrap_or(1);
-        let sessions = Arc::clone(&self.sessions);
-        let volume = self.find_volume(&spec.name)?;
-        if volume.export.is_some() {
-            return Err(NodeError::Wrong(format!(
-                "volume {} is served already",
-                spec.name
-            )));
-        }
-        let config = DeviceConfig {
-            capacity_bytes,
-            queues_max,
-            queue_size_max: QUEUE_SIZE,
-            read_only,
-            serial: spec.name.clone(),
-            instance: volume.instance,
-        };
-        let export =
-            Export::new(exports::device(volume.index), config, socket, sessions).map_err(|source| {
-                NodeError::Serve {
-                    name: spec.name.clone(),
-                    source,
-                }
-            })?;
-        volume.export = Some(export);
-        volume.socket = Some(socket.clone());
-        Ok(())
-    }
-
-    fn create(&mut self, spec: &VolumeSpec) -> Result<(), NodeError> {
-        let size = spec.size.ok_or_else(|| {
-            NodeError::Wrong(format!(
-                "there is no volume {}: to create it, say its size",
-                spec.name
-            ))
-        })?;
-        let mirror = spec.mirror.unwrap_or(2);
-        let stripe_width = spec
-            .stripe_width
-            .unwrap_or_else(|| planner::default_width(self.control.state()));
-        let stripe_unit = spec.stripe_unit.unwrap_or(256 << 10);
-        let geometry = unibody_dataplane::geometry::Geometry::new(stripe_unit, stripe_width)
-            .map_err(Refused::Geometry)?;
-        let chunks = planner::plan_chunks(self.control.state(), geometry.chunks(size), mirror)?;
-        let keeps_nothing = |uuid: &DiskUuid| {
-            self.disks
-                .iter()
-                .any(|disk| disk.uuid == Some(*uuid) && disk.kind == DiskKind::Null)
-        };
-        if mirror > 1 && chunks.iter().flatten().any(keeps_nothing) {
-            return Err(NodeError::Wrong(
-                "a volume on a null disk keeps nothing, so it can not be mirrored: use mirror=1".into(),
-            ));
-        }
-        self.execute_volume(&Command::CreateVolume {
-            name: spec.name.clone(),
-            size,
-            mirror,
-            stripe_unit,
-            stripe_width,
-            read_only: spec.read_only,
-            instance: disks::random(),
-            chunks,
-        })?;
-        self.attach(&spec.name)?;
-        Ok(())
-    }
-
-    fn resize(&mut self, name: &str, size: u64) -> Result<(), NodeError> {
-        let state = self.control.state();
-        let volume = state
-            .volumes
-            .get(name)
-            .ok_or_else(|| Refused::NoVolume(name.to_owned()))?;
-        let more = volume
-            .geometry()
-            .chunks(size)
-            .saturating_sub(volume.chunks.len() as u32);
-        let chunks = planner::plan_chunks(state, more, volume.mirror)?;
-        let config = self.execute_volume(&Command::ResizeVolume {
-            name: name.to_owned(),
-            size,
-            chunks,
-        })?;
-        let plane = Arc::clone(&self.plane);
-        let volume = self.find_volume(name)?;
-        plane.reconfigured(volume.index, config);
-        if let Some(export) = &volume.export {
-            export.resize(size);
-        }
-        Ok(())
-    }
-
-    fn delete(&mut self, name: &str) -> Result<(), NodeError> {
-        let plane = Arc::clone(&self.plane);
-        let volume = self.find_volume(name)?;
-        if volume.export.as_ref().is_some_and(Export::connected) {
-            return Err(NodeError::Wrong(format!(
-                "volume {name} is in use by a VM: stop that first"
-            )));
-        }
-        volume.export = None;
-        let index = volume.index;
-        if !self.wait_quiet(&plane.remove_volume(index), Instant::now() + PATIENCE) {
-            return Err(NodeError::Wrong(format!(
-                "volume {name} does not become quiet: see `unibody status`, then try again"
-            )));
-        }
-        self.volumes[usize::from(index.0)] = None;
-        let record = self.control.state().volumes[name].clone();
-        self.control.execute(&Command::DeleteVolume {
-            name: name.to_owned(),
-        })?;
-        // A disk that is away now is told when it comes back.
-        for disk in self.disks.iter().filter(|disk| disk.phase == Phase::Online) {
-            if let Some(uuid) = disk.uuid {
-                plane.drop_chunks(disk.index, record.replicas_on(uuid).collect());
-            }
-        }
-        Ok(())
-    }
-
     // What happens.
 
     fn event(&mut self, event: Event) {
         match event {
             Event::Proposal(index, id, proposal) => self.proposal(index, id, proposal),
-            Event::DiskFailed {
-                disk: index,
-                reason,
-                distrust,
-            } => {
-                self.distrust(index, distrust);
+            Event::Distrusted(index) => {
+                self.disk_mut(index).distrust = true;
+                if let Err(error) = self.record_distrust(index) {
+                    eprintln!("unibody: {}", chain(&error));
+                }
+            }
+            Event::DiskFailed { disk: index, reason } => {
                 let disk = self.disk_mut(index);
                 eprintln!("unibody: disk {} is out of service: {reason}", disk.name);
                 disk.failed(reason, Instant::now());
@@ -740,27 +395,6 @@ impl Node {
                 "its last replicas forgot acknowledged writes: all I/O fails until the node is restarted",
             ),
         }
-    }
-
-    /// A disk that failed by itself may have lost what it completed, though the machine kept its power.
-    fn distrust(&mut self, index: DiskIndex, distrust: bool) {
-        let Some(disk) = self.disk_mut(index).uuid.filter(|_| distrust) else {
-            return;
-        };
-        let salt = disks::random();
-        if let Err(error) = self.control.execute(&Command::Distrust { disk, salt }) {
-            eprintln!("unibody: {}", chain(&error));
-        }
-    }
-
-    /// What distinguishes the spans of power of the disks that failed by themselves.
-    fn salts(&self) -> disks::Salts {
-        self.control
-            .state()
-            .disks
-            .iter()
-            .map(|(disk, record)| (disk.0, record.distrust))
-            .collect()
     }
 
     fn say(&self, volume: VolumeIndex, what: &str) {
@@ -812,178 +446,12 @@ impl Node {
             .map(|disk| disk.index)
             .collect();
         for index in due {
-            self.open_later(index, None);
+            match self.record_distrust(index) {
+                Ok(()) => self.open_later(index, None),
+                Err(error) => self.disk_mut(index).failed(chain(&error), now),
+            }
         }
         self.move_replicas();
-    }
-
-    /// Gives the places on disks that are to go to others, as far as their replicas are out of sync.
-    fn move_replicas(&mut self) {
-        for (from, preferred) in self.leaving.clone() {
-            self.move_from(from, false, preferred);
-            if self.control.execute(&Command::ForgetDisk { disk: from }).is_ok() {
-                self.leaving.retain(|(disk, _)| *disk != from);
-            }
-        }
-    }
-
-    /// Gives the places of replicas that a disk had no room for to other disks.
-    fn move_full(&mut self) {
-        let disks: Vec<DiskUuid> = self.control.state().disks.keys().map(|disk| disk.0).collect();
-        disks
-            .into_iter()
-            .for_each(|disk| self.move_from(disk, true, None));
-    }
-
-    fn move_from(&mut self, from: DiskUuid, full: bool, preferred: Option<DiskUuid>) {
-        let names: Vec<_> = self
-            .volumes
-            .iter()
-            .flatten()
-            .map(|volume| (volume.name.clone(), volume.index))
-            .collect();
-        for (name, index) in names {
-            let to = planner::plan_moves(self.control.state(), &name, from, full, preferred);
-            if to.is_empty() {
-                continue;
-            }
-            match self.execute_volume(&Command::Move { name, from, to }) {
-                Ok(config) => self.plane.reconfigured(index, config),
-                Err(error) => eprintln!("unibody: {}", chain(&error)),
-            }
-        }
-    }
-
-    // The operator.
-
-    fn request(&mut self, request: Request, reply: mpsc::Sender<Response>) {
-        let null = |()| serde_json::Value::Null;
-        let result = match request {
-            Request::Status => {
-                serde_json::to_value(self.status()).map_err(|error| NodeError::Wrong(error.to_string()))
-            }
-            Request::VolumeCreate(spec) => self.create_new(&spec).map(null),
-            Request::VolumeResize { name, size } => self.resize(&name, size).map(null),
-            Request::VolumeDelete { name } => self.delete(&name).map(null),
-            Request::DiskAdd { spec } => match self.add(&spec) {
-                Ok(index) => return self.open_later(index, Some(reply)),
-                Err(error) => Err(error),
-            },
-            Request::DiskFail { disk } => self.fail(&disk).map(null),
-            Request::DiskReturn { disk } => match self.return_disk(&disk) {
-                Ok(index) => return self.open_later(index, Some(reply)),
-                Err(error) => Err(error),
-            },
-            Request::DiskReplace { disk, spec } => match self.replace(&disk, &spec) {
-                Ok(index) => return self.open_later(index, Some(reply)),
-                Err(error) => Err(error),
-            },
-            Request::DiskFault { disk, fault } => self.fault(&disk, &fault).map(null),
-        };
-        respond(&reply, result);
-    }
-
-    fn create_new(&mut self, spec: &VolumeSpec) -> Result<(), NodeError> {
-        if self.control.state().volumes.contains_key(&spec.name) {
-            return Err(Refused::VolumeExists(spec.name.clone()).into());
-        }
-        self.serve_volume(spec)
-    }
-
-    fn find_disk(&mut self, name: &str) -> Result<&mut NodeDisk, NodeError> {
-        let names: Vec<_> = self.disks.iter().map(|disk| disk.name.clone()).collect();
-        let found = self.disks.iter_mut().find(|disk| disk.name == name);
-        found.ok_or_else(|| {
-            NodeError::Wrong(format!("there is no disk {name}; there are {}", names.join(", ")))
-        })
-    }
-
-    fn add(&mut self, spec: &str) -> Result<DiskIndex, NodeError> {
-        let spec: DiskSpec = spec.parse()?;
-        if self.options.state.is_none() && matches!(spec.backend, Backend::Path(_)) {
-            return Err(NodeError::Wrong(
-                "this node keeps no state, so it can not use a disk that keeps data: start it with --state"
-                    .into(),
-            ));
-        }
-        self.add_slot(spec)
-    }
-
-    fn fail(&mut self, name: &str) -> Result<(), NodeError> {
-        let disk = self.find_disk(name)?;
-        if disk.phase != Phase::Online {
-            return Err(NodeError::Wrong(format!("disk {name} is not in service")));
-        }
-        disk.by_hand = true;
-        disk.phase = Phase::Leaving;
-        let index = disk.index;
-        self.plane.fail_disk(index);
-        Ok(())
-    }
-
-    fn return_disk(&mut self, name: &str) -> Result<DiskIndex, NodeError> {
-        let disk = self.find_disk(name)?;
-        match disk.phase {
-            Phase::Failed(_) if disk.kind == DiskKind::Memory => Err(NodeError::Wrong(format!(
-                "disk {name} was in memory and is gone: replace it with another"
-            ))),
-            Phase::Failed(_) => {
-                disk.by_hand = false;
-                Ok(disk.index)
-            }
-            Phase::Leaving => Err(NodeError::Wrong(format!(
-                "the last I/O of disk {name} has not ended; try again"
-            ))),
-            Phase::Online | Phase::Opening => Err(NodeError::Wrong(format!("disk {name} is in service"))),
-        }
-    }
-
-    fn replace(&mut self, name: &str, spec: &str) -> Result<DiskIndex, NodeError> {
-        let old = self.find_disk(name)?;
-        if !matches!(old.phase, Phase::Failed(_)) {
-            return Err(NodeError::Wrong(format!(
-                "disk {name} is in service: take it out first (`disk fail {name}`)"
-            )));
-        }
-        let (uuid, domain) = (old.uuid, old.domain());
-        let mut spec: DiskSpec = spec.parse()?;
-        spec.domain.get_or_insert(domain);
-        let index = self.add_slot(spec)?;
-        if let Some(uuid) = uuid {
-            self.control.execute(&Command::DiskOut { disk: uuid })?;
-            for volume in self.volumes.iter().flatten() {
-                if let Some(record) = self.control.state().volumes.get(&volume.name) {
-                    self.plane.reconfigured(volume.index, record.to_config());
-                }
-            }
-            self.leaving.push((uuid, None));
-        }
-        Ok(index)
-    }
-
-    fn fault(&mut self, name: &str, fault: &Fault) -> Result<(), NodeError> {
-        let disk = self.find_disk(name)?;
-        let Some(handle) = &disk.faults else {
-            return Err(NodeError::Wrong(
-                "this node injects no faults: start it with `serve --faults`".into(),
-            ));
-        };
-        handle.clear();
-        let media = faulty::Fault::Fail(IoError::Media);
-        let rule = match fault {
-            Fault::None => return Ok(()),
-            Fault::ReadErrors => Rule::always(Kinds::READS, media),
-            Fault::WriteErrors => Rule::always(Kinds::WRITES, media),
-            Fault::FlushErrors => Rule::always(Kinds::FLUSHES, media),
-            Fault::Rot => Rule {
-                times: ROTTEN_READS,
-                ..Rule::always(Kinds::READS, faulty::Fault::Rot)
-            },
-            Fault::Delay(ms) => Rule::always(Kinds::ALL, faulty::Fault::Delay(Duration::from_millis(*ms))),
-            Fault::Stuck => Rule::always(Kinds::ALL, faulty::Fault::Stuck),
-        };
-        handle.add(rule);
-        Ok(())
     }
 }
 

@@ -37,6 +37,11 @@ pub(super) enum Purpose {
         slot: u8,
         edge: u8,
     },
+    Confirm {
+        piece: u32,
+        slot: u8,
+        turn: u32,
+    },
     Task {
         task: u16,
         step: Step,
@@ -240,6 +245,7 @@ impl Mirror {
                 self.created(chunk, slot, pending.incarnation, done, full);
             }
             Purpose::Piece { .. } | Purpose::Edge { .. } => self.piece_reply(pending, reply, out),
+            Purpose::Confirm { .. } => self.confirmed(pending, reply, out),
             Purpose::Task { task, step } => self.task_reply(task, step, pending, reply, out),
         }
     }

@@ -28,6 +28,8 @@ mod plan;
 mod propose;
 mod slab;
 mod sync;
+#[cfg(test)]
+mod tests;
 
 use std::collections::VecDeque;
 
@@ -282,6 +284,9 @@ pub struct Mirror {
     newest: u32,
     counter: u64,
     asked_generation: bool,
+    /// Reads need no confirmation.
+    leased: bool,
+    confirms: u32,
     // Flushing: `seq` counts answers to writes, see `disks`.
     seq: u64,
     stable: Version,
@@ -357,6 +362,8 @@ impl Mirror {
             newest: slab::NIL,
             counter: 0,
             asked_generation: false,
+            leased: true,
+            confirms: 0,
             seq: 0,
             stable: Version::ZERO,
             candidate: None,
@@ -396,6 +403,12 @@ impl Mirror {
     /// Where it is in its life.
     pub fn phase(&self) -> Phase {
         self.phase
+    }
+
+    /// No operation is in hand and no request is out: nobody uses memory of it or of its operations, and no answer to it
+    /// is on its way.
+    pub fn is_quiet(&self) -> bool {
+        self.ops_live == 0 && self.requests.live() == 0
     }
 
     /// The uuid of a disk of the table. The table only grows; [`Mirror::disks`] tells how far.

@@ -44,6 +44,8 @@ pub(super) enum Stage {
     Merging,
     /// At the replicas.
     Sent,
+    /// Read, and without a lease: every required replica is asked whether this owner is still the owner.
+    Confirming,
     /// Written everywhere, the last replica is being flushed.
     Flushing,
     /// Ended, but requests are still out.
@@ -87,6 +89,8 @@ pub(super) struct Piece {
     edges: u8,
     edges_left: u8,
     edge_slot: u16,
+    /// Names the confirmation that is under way, so that answers to others are recognised.
+    turn: u32,
     pub(super) next: u32,
     older: u32,
     newer: u32,
@@ -119,6 +123,7 @@ impl Default for Piece {
             edges: 0,
             edges_left: 0,
             edge_slot: u16::MAX,
+            turn: 0,
             next: NIL,
             older: NIL,
             newer: NIL,
@@ -491,11 +496,14 @@ impl Mirror {
         {
             let disk = self.chunks[c as usize].slots[usize::from(slot)].disk;
             let want = self.seq;
-            let piece = &mut self.pieces[p];
-            (piece.stage, piece.want, piece.flush_disk) = (Stage::Flushing, want, disk);
-            self.flush_wait.push_back(p);
-            self.flush_disk(usize::from(disk), out);
-            return;
+            // It may have been flushed while the write waited for a replica that is gone now.
+            if !self.is_flushed(usize::from(disk), want) {
+                let piece = &mut self.pieces[p];
+                (piece.stage, piece.want, piece.flush_disk) = (Stage::Flushing, want, disk);
+                self.flush_wait.push_back(p);
+                self.flush_disk(usize::from(disk), out);
+                return;
+            }
         }
         self.finish(p, None, out);
     }
@@ -587,8 +595,79 @@ impl Mirror {
             self.counts.read_repairs += u64::from(bad.count_ones());
             return self.send_read(p, out);
         }
-        debug_assert!((c as usize) < self.chunks.len());
-        self.finish(p, (lost != 0).then_some(OpError::Io), out);
+        if lost != 0 {
+            return self.finish(p, Some(OpError::Io), out);
+        }
+        if self.leased || planted::on(Bug::ReadUnconfirmed) {
+            return self.finish(p, None, out);
+        }
+        // Another owner may have sealed a replica before this one answered. Whoever writes as a later owner has sealed a
+        // replica that is required here, so asking all of them after the read tells.
+        let chunk = &self.chunks[c as usize];
+        let required = chunk.in_sync | chunk.pending;
+        self.confirms = self.confirms.wrapping_add(1);
+        let piece = &mut self.pieces[p];
+        (piece.stage, piece.need, piece.turn) = (Stage::Confirming, required, self.confirms);
+        self.confirm(p, out);
+    }
+
+    /// Asks the replicas that have not confirmed yet.
+    fn confirm(&mut self, p: u32, out: &mut Vec<Effect>) {
+        let c = self.pieces[p].chunk;
+        let chunk = &self.chunks[c as usize];
+        let (required, lost) = (chunk.in_sync | chunk.pending, chunk.lost);
+        let piece = &mut self.pieces[p];
+        piece.need &= required;
+        if piece.need == 0 {
+            return self.finish(p, None, out);
+        }
+        let turn = piece.turn;
+        let mut ask = piece.need & !lost & !piece.sent;
+        while ask != 0 {
+            let slot = ask.trailing_zeros() as u8;
+            ask &= ask - 1;
+            self.pieces[p].sent |= 1 << slot;
+            let purpose = Purpose::Confirm { piece: p, slot, turn };
+            self.send_slot(c, slot, purpose, Request::Confirm, out);
+        }
+    }
+
+    /// The answer to a [`Request::Confirm`]. It carried no memory, so nobody had to wait for it: the piece may have ended.
+    pub(super) fn confirmed(&mut self, pending: Pending, reply: Option<Reply>, out: &mut Vec<Effect>) {
+        let Purpose::Confirm { piece: p, slot, turn } = pending.purpose else {
+            return;
+        };
+        let piece = &self.pieces[p];
+        if !self.pieces.is_used(p) || piece.stage != Stage::Confirming || piece.turn != turn {
+            return;
+        }
+        let c = piece.chunk;
+        let (chunk, bit) = (&self.chunks[c as usize], 1 << slot);
+        let present = chunk.slots[usize::from(slot)].incarnation == pending.incarnation;
+        let good = present && chunk.lost & bit == 0 && reply == Some(Reply::Done);
+        self.pieces[p].sent &= !bit;
+        if good {
+            self.pieces[p].need &= !bit;
+        } else if let Some(Reply::Refused(status)) = reply {
+            self.slot_refused(c, slot, pending.incarnation, status, out);
+        }
+        self.look_at_piece(p, out);
+    }
+
+    /// The control state has confirmed, or can no longer confirm for sure, that this owner is the owner: whether reads may
+    /// be answered by one replica. An owner begins with a lease.
+    pub fn set_leased(&mut self, leased: bool, out: &mut Vec<Effect>) {
+        self.leased = leased;
+        if leased {
+            for p in 0..self.pieces.len() {
+                let piece = &self.pieces[p];
+                if self.pieces.is_used(p) && piece.stage == Stage::Confirming && !piece.again {
+                    // What it still asks is asked in vain.
+                    self.finish(p, None, out);
+                }
+            }
+        }
+        self.pump(out);
     }
 
     /// The first run of blocks that a read is still missing.
@@ -626,6 +705,16 @@ impl Mirror {
     /// Something about the chunk's replicas changed: look at a piece that is under way again.
     pub(super) fn look_at_piece(&mut self, p: u32, out: &mut Vec<Effect>) {
         match (self.pieces[p].kind, self.pieces[p].stage) {
+            (_, Stage::Confirming) if !self.pieces[p].again => self.confirm(p, out),
+            (_, Stage::Confirming) => {
+                // What was read may be made equal to something else now: all of it is read again.
+                let piece = &mut self.pieces[p];
+                (piece.again, piece.tried) = (false, 0);
+                piece.bad = block_mask(piece.first, piece.count);
+                self.step_back(p);
+                let (c, region) = self.place(p);
+                self.look_region(c, region);
+            }
             (PieceKind::Read, Stage::Sent) if self.pieces[p].out == 0 => {
                 if self.pieces[p].again {
                     self.pieces[p].again = false;
@@ -1026,6 +1115,7 @@ impl Mirror {
                     }
                     self.finish(p, Some(error), out);
                 }
+                Stage::Confirming => self.finish(p, Some(error), out),
                 Stage::Sent if self.pieces[p].kind == PieceKind::Read => {
                     self.finish(p, Some(error), out);
                 }

@@ -26,15 +26,15 @@ impl Shard {
                     served.store.remove(&mut self.store_effects);
                     self.apply_store(disk);
                 }
-                home => {
-                    *home = Home::Absent;
-                    let reason = "taken out of service".into();
+                Home::Null => {
+                    self.homes[usize::from(disk.0)] = Home::Absent;
                     self.tell(Event::DiskFailed {
                         disk,
-                        reason,
-                        distrust: false,
+                        reason: "taken out of service".into(),
                     });
                 }
+                // It has failed by itself meanwhile, and that was told.
+                Home::Absent => {}
             },
             Command::CloseDisk(disk, reply) => match &mut self.homes[usize::from(disk.0)] {
                 Home::Store(served) => {
@@ -48,9 +48,11 @@ impl Shard {
                     reply.send(true).ok();
                 }
             },
-            Command::DropChunks(disk, chunks) => {
+            Command::DropChunks(disk, chunks, generation) => {
                 if let Home::Store(served) = &mut self.homes[usize::from(disk.0)] {
-                    served.drops.extend(chunks);
+                    served
+                        .drops
+                        .extend(chunks.into_iter().map(|chunk| (chunk, generation)));
                 }
             }
             Command::AddVolume(index, config, disks) => self.add_volume(index, config, disks),
@@ -96,7 +98,6 @@ impl Shard {
                     touched: false,
                     drops: Default::default(),
                     ending: None,
-                    distrust: false,
                     closed: false,
                     closing: None,
                 }))
@@ -174,7 +175,6 @@ impl Shard {
             inline: false,
             null: false,
             removing: None,
-            detached: false,
         }));
         self.present.push(index);
         let now = self.now;
@@ -195,13 +195,15 @@ impl Shard {
         for position in (0..self.present.len()).rev() {
             let index = self.present[position];
             let slot = &mut self.volumes[usize::from(index.0)];
+            // Its memory and its number may be used again, so nothing of it may be on its way to a disk or back.
             let over = slot.as_ref().is_some_and(|volume| {
                 volume.removing.is_some()
-                    && (volume.detached
-                        || matches!(
-                            volume.mirror.phase(),
-                            Phase::Detached | Phase::Fenced | Phase::Failed
-                        ))
+                    && volume.mirror.is_quiet()
+                    && volume.names.in_hand() == 0
+                    && matches!(
+                        volume.mirror.phase(),
+                        Phase::Detached | Phase::Fenced | Phase::Failed
+                    )
             });
             if over {
                 self.present.swap_remove(position);

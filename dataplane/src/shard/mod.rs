@@ -96,14 +96,12 @@ struct Served {
     disk: Box<dyn Disk>,
     /// I/Os the device had no room for yet. Bounded by what a store has outstanding.
     waiting: VecDeque<(Token, Io)>,
-    /// Replicas that nobody will ask for again.
-    drops: VecDeque<ChunkRef>,
+    /// Replicas that nobody will ask for again, and in whose name they are dropped.
+    drops: VecDeque<(ChunkRef, Generation)>,
     /// Something was asked of the store since its batch was last closed.
     touched: bool,
     /// Why it has failed; it is let go when its last I/O has ended.
     ending: Option<String>,
-    /// It failed by itself.
-    distrust: bool,
     closed: bool,
     /// Who waits for it to be closed.
     closing: Option<mpsc::Sender<bool>>,
@@ -113,13 +111,12 @@ struct Served {
 const DROPS: usize = 64;
 
 impl Served {
-    /// Drops some of the replicas that nobody will ask for again. No owner comes after this one.
+    /// Drops some of the replicas that nobody will ask for again.
     fn drop_some(&mut self, out: &mut Vec<store::Effect>) {
         for _ in 0..DROPS {
-            let Some(chunk) = self.drops.pop_front() else {
+            let Some((chunk, generation)) = self.drops.pop_front() else {
                 return;
             };
-            let generation = Generation((1 << 24) - 1);
             let header = Header {
                 volume: chunk.key.volume,
                 generation,
@@ -156,7 +153,6 @@ struct Volume {
     null: bool,
     /// Somebody waits for it to be let go.
     removing: Option<mpsc::Sender<()>>,
-    detached: bool,
 }
 
 /// What the mirror says of an operation's window.

@@ -27,10 +27,8 @@ enum State {
     Active,
     /// Waits for buffers.
     Waiting,
-    /// The window is done but a request still carries guest memory.
+    /// The window is done but a request still carries its memory, which can not be left behind.
     Lingering,
-    /// The guest has its answer, and a request still carries private memory.
-    Answered,
 }
 
 #[derive(Debug)]
@@ -58,13 +56,16 @@ struct Op {
     failed: bool,
 }
 
+/// Set in what a name stands for: not an operation but memory that one left behind.
+const BEHIND: u32 = 1 << 31;
+
 /// The names a mirror knows its operations by: dense and few, so that its tables are small.
 #[derive(Debug)]
 pub(super) struct Names {
     free: Vec<u32>,
-    /// For each name the operation.
+    /// For each name the operation, or with [`BEHIND`] the place of memory left behind.
     op: Vec<u32>,
-    /// Operations of the volume.
+    /// Operations of the volume, and names left behind.
     in_hand: usize,
 }
 
@@ -79,7 +80,12 @@ impl Names {
 
     /// Operations that can still be begun: each holds one name at most, also while it waits.
     pub(super) fn room(&self) -> usize {
-        self.op.len() - self.in_hand
+        self.op.len().saturating_sub(self.in_hand)
+    }
+
+    /// Operations of the volume, and names left behind.
+    pub(super) fn in_hand(&self) -> usize {
+        self.in_hand
     }
 
     fn take(&mut self, op: u32) -> OpId {
@@ -106,6 +112,9 @@ pub(super) struct Ops {
     slots: Vec<Op>,
     free: Vec<u32>,
     waiting: VecDeque<u32>,
+    /// Private memory that a late request still carries while its operation went on. One for a name at most.
+    behind: Vec<Option<Lent>>,
+    behind_free: Vec<u32>,
     crcs: Box<[u32; BLOCKS_MAX + 1]>,
 }
 
@@ -137,6 +146,8 @@ impl Ops {
             slots: (0..max).map(|_| idle()).collect(),
             free: (0..max as u32).rev().collect(),
             waiting: VecDeque::with_capacity(max),
+            behind: Vec::new(),
+            behind_free: Vec::new(),
             crcs: Box::new([0; BLOCKS_MAX + 1]),
         }
     }
@@ -450,31 +461,53 @@ impl Shard {
         if released {
             return self.window_over(id);
         }
-        // Something is late. Private memory can stay behind while the guest goes on; guest memory can not.
+        // A disk is late, perhaps for ever. Private memory can stay behind while the guest goes on; guest memory can not.
         op.state = State::Lingering;
-        let last = op.failed || op.request.kind == Kind::In && op.left == 0;
-        if op.lent.is_some() && last {
-            self.answer(id);
-            self.ops.slots[id as usize].state = State::Answered;
+        let ends = op.failed
+            || op.left == 0
+                && match op.request.kind {
+                    Kind::In => true,
+                    Kind::Out => !self.queues.write_through(op.queue),
+                    _ => false,
+                };
+        let volume = self.volumes[usize::from(op.volume.0)]
+            .as_mut()
+            .expect("a volume with operations in hand stays");
+        // An operation that goes on needs another name.
+        if (ends || volume.names.room() > 0)
+            && let Some(lent) = op.lent.take()
+        {
+            let place = self.ops.behind_free.pop().unwrap_or_else(|| {
+                self.ops.behind.push(None);
+                self.ops.behind.len() as u32 - 1
+            });
+            self.ops.behind[place as usize] = Some(lent);
+            volume.names.op[op.name.0 as usize] = BEHIND | place;
+            volume.names.in_hand += 1;
+            self.window_over(id);
         }
     }
 
-    /// No request carries the window's memory any more.
-    pub(super) fn released(&mut self, id: u32) {
-        debug_assert!(matches!(
-            self.ops.slots[id as usize].state,
-            State::Lingering | State::Answered
-        ));
-        self.window_over(id);
+    /// No request carries any more what `holder`, an operation or memory left behind, had a name for.
+    pub(super) fn released(&mut self, volume: VolumeIndex, holder: u32) {
+        if holder & BEHIND == 0 {
+            debug_assert_eq!(self.ops.slots[holder as usize].state, State::Lingering);
+            return self.window_over(holder);
+        }
+        let place = holder & !BEHIND;
+        let lent = self.ops.behind[place as usize].take();
+        self.ops.behind_free.push(place);
+        self.buffers
+            .give(lent.expect("memory left behind is released once"));
+        if let Some(volume) = &mut self.volumes[usize::from(volume.0)] {
+            volume.names.in_hand -= 1;
+        }
     }
 
     fn window_over(&mut self, id: u32) {
         let op = &mut self.ops.slots[id as usize];
         if let Some(lent) = op.lent.take() {
             self.buffers.give(lent);
-        }
-        if op.state == State::Answered {
-            return self.free(id);
         }
         self.next_window(id);
     }

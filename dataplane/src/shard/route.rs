@@ -118,11 +118,8 @@ impl Shard {
                 mirror::Effect::NewGeneration => self.tell(Event::NewGeneration(index)),
                 mirror::Effect::Fenced => self.tell(Event::Fenced(index)),
                 mirror::Effect::Failed => self.tell(Event::Failed(index)),
-                mirror::Effect::Detached => {
-                    if let Some(volume) = &mut self.volumes[usize::from(index.0)] {
-                        volume.detached = true;
-                    }
-                }
+                // Seen by its phase, at the next tick.
+                mirror::Effect::Detached => {}
             }
         }
         self.mirror_effects = effects;
@@ -146,8 +143,8 @@ impl Shard {
                 self.done(op, ok, released);
             }
             Finish::Released => {
-                let op = volume.names.op(name, true);
-                self.released(op);
+                let holder = volume.names.op(name, true);
+                self.released(index, holder);
             }
         }
     }
@@ -271,8 +268,10 @@ impl Shard {
                 } => {}
                 store::Effect::Reply { tag, reply } => self.reply(tag.0, reply),
                 store::Effect::Failed(reason) => {
+                    if reason != store::Failure::Removed {
+                        self.tell(Event::Distrusted(disk));
+                    }
                     if let Home::Store(served) = &mut self.homes[usize::from(disk.0)] {
-                        served.distrust = reason != store::Failure::Removed;
                         served.ending.get_or_insert_with(|| reason.to_string());
                     }
                 }
@@ -330,12 +329,7 @@ impl Shard {
             reply.send(served.closed).ok();
         }
         if let Some(reason) = served.ending {
-            let distrust = served.distrust;
-            self.tell(Event::DiskFailed {
-                disk,
-                reason,
-                distrust,
-            });
+            self.tell(Event::DiskFailed { disk, reason });
         }
     }
 

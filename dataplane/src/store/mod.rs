@@ -363,7 +363,7 @@ impl Store {
                     Err(Status::Invalid)
                 };
             }
-            Request::Flush => return Ok((ops::NIL, 0, 0, false)),
+            Request::Flush | Request::Confirm => return Ok((ops::NIL, 0, 0, false)),
             Request::Seal => unreachable!("handled above"),
         };
         if chunk.key.volume != header.volume || extent >= 1024 {
@@ -386,6 +386,7 @@ impl Store {
             Some(Request::Read { .. }) => self.begin_read(i, out),
             Some(Request::Zero { .. }) => self.begin_zero(i, out),
             Some(Request::Flush) => self.begin_flush(i),
+            Some(Request::Confirm) => self.end(i, Reply::Done, out),
             Some(Request::Digest { .. }) => self.go_on_digest(i, out),
             Some(Request::Install { .. }) => self.begin_install(i, out),
             Some(Request::Settle { .. }) => self.begin_settle(i, out),

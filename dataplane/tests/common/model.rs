@@ -180,6 +180,7 @@ impl Model {
                 self.flush();
                 return Reply::Done;
             }
+            Request::Confirm => return Reply::Done,
         };
         let c = chunk.key.chunk;
         match request {

@@ -1,7 +1,7 @@
 //! Death and return: of a disk, of the data plane's process, of the node's power; and the agent that moves replicas.
 
 use unibody_control::planner;
-use unibody_control::state::{Applied, Command};
+use unibody_control::state::{Applied, Command, NodeId};
 use unibody_dataplane::config::{Slot, SlotState};
 use unibody_dataplane::ids::PowerId;
 use unibody_dataplane::mirror::{Limits, Mirror, Phase};
@@ -22,7 +22,12 @@ impl World {
         for node in 0..self.nodes.len() {
             self.open_disk(node)?;
         }
-        let Ok(Applied::Volume(config)) = self.control.apply(&Command::Attach { name: NAME.into() }) else {
+        let attach = Command::Attach {
+            name: NAME.into(),
+            node: NodeId::LOCAL,
+            generation: self.control.volumes[NAME].generation,
+        };
+        let Ok(Applied::Volume(config)) = self.control.apply(&attach) else {
             return Err("the control state refused an owner".into());
         };
         let limits = Limits {
@@ -328,12 +333,15 @@ impl World {
     pub(super) fn agent(&mut self) -> Checked {
         for node in 0..self.nodes.len() {
             let uuid = self.nodes[node].uuid;
-            let moves = planner::plan_moves(&self.control, NAME, uuid, !self.nodes[node].gone, None);
+            let moves = planner::plan_moves(&self.control, NAME, uuid, !self.nodes[node].gone);
             if moves.is_empty() {
                 continue;
             }
+            let volume = &self.control.volumes[NAME];
             let command = Command::Move {
                 name: NAME.into(),
+                generation: volume.generation,
+                config: volume.config,
                 from: uuid,
                 to: moves,
             };

@@ -7,7 +7,7 @@ use std::cmp::Reverse;
 use std::collections::{BTreeMap, BinaryHeap};
 
 use unibody_control::planner;
-use unibody_control::state::{Applied, Command, State};
+use unibody_control::state::{Applied, Command, NodeId, State};
 use unibody_dataplane::config::{Outcome, Proposal, VolumeConfig};
 use unibody_dataplane::disk::{Completion, Io, IoError};
 use unibody_dataplane::ids::{BootId, DiskUuid, PowerId};
@@ -261,6 +261,7 @@ impl World {
         Store::format(&mut disk, &options).expect("a blank disk can be formatted");
         let command = Command::AddDisk {
             disk: uuid,
+            node: NodeId::LOCAL,
             domain: format!("{uuid}"),
             bytes: profile.disk_bytes,
         };

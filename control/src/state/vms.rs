@@ -1,0 +1,182 @@
+//! VMs: what is to run, and where.
+//!
+//! The definition is a text for whoever runs VMs; here count its memory, its volumes and its place. A placement is a
+//! promise of memory, and its number (`epoch`) makes sure that two who place at once do not both succeed. That the VM
+//! runs nowhere else is known to whoever places it; what fences a VM left behind is the generation of its volumes.
+
+use std::borrow::Cow;
+use std::collections::BTreeSet;
+
+use serde::{Deserialize, Serialize};
+
+use super::{Applied, NodeId, Refused, State, VmSpec, is_name};
+
+/// Most VMs.
+pub const VMS_MAX: usize = 1 << 14;
+/// Longest definition, bytes.
+pub const DEFINITION_MAX: usize = 1 << 16;
+/// Most volumes of a VM.
+pub const VM_VOLUMES_MAX: usize = 64;
+
+/// A VM.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Vm {
+    /// What it is.
+    pub spec: VmSpec,
+    /// Where it belongs now.
+    pub node: Option<NodeId>,
+    /// Counts its placements.
+    pub epoch: u32,
+}
+
+impl State {
+    /// The VM that a volume belongs to.
+    pub fn user_of(&self, volume: &str) -> Option<&str> {
+        let mut vms = self.vms.iter();
+        let found = vms.find(|(_, vm)| vm.spec.volumes.iter().any(|used| used == volume));
+        found.map(|(name, _)| name.as_str())
+    }
+
+    /// Bytes of a node's memory that are not promised to VMs placed there.
+    pub fn memory_free(&self, node: NodeId) -> u64 {
+        self.memory_free_without(node, "")
+    }
+
+    fn memory_free_without(&self, node: NodeId, name: &str) -> u64 {
+        let placed = self
+            .vms
+            .iter()
+            .filter(|(other, vm)| vm.node == Some(node) && *other != name);
+        let used = placed.fold(0u64, |sum, (_, vm)| sum.saturating_add(vm.spec.memory));
+        let has = self.nodes.get(&node).map_or(0, |node| node.memory);
+        has.saturating_sub(used)
+    }
+
+    pub(super) fn create_vm(&mut self, name: &str, spec: &VmSpec) -> Result<Applied, Refused> {
+        if !is_name(name) {
+            return Err(Refused::Name(name.to_owned()));
+        }
+        if self.vms.contains_key(name) {
+            return Err(Refused::VmExists(name.to_owned()));
+        }
+        super::room(self.vms.len(), VMS_MAX, "VMs")?;
+        self.check_vm(name, spec)?;
+        let vm = Vm {
+            spec: spec.clone(),
+            node: None,
+            epoch: 0,
+        };
+        self.vms.insert(name.to_owned(), vm);
+        Ok(Applied::Done)
+    }
+
+    pub(super) fn update_vm(&mut self, name: &str, spec: &VmSpec) -> Result<Applied, Refused> {
+        let vm = self.vms.get(name).ok_or_else(|| Refused::NoVm(name.to_owned()))?;
+        self.check_vm(name, spec)?;
+        // What a VM has already it may keep, even on a node that has less memory than it had.
+        if let Some(node) = vm.node.filter(|_| spec.memory > vm.spec.memory) {
+            self.check_memory(node, name, spec.memory)?;
+        }
+        if let Some(vm) = self.vms.get_mut(name) {
+            vm.spec = spec.clone();
+        }
+        Ok(Applied::Done)
+    }
+
+    pub(super) fn delete_vm(&mut self, name: &str) -> Result<Applied, Refused> {
+        let vm = self.vms.get(name).ok_or_else(|| Refused::NoVm(name.to_owned()))?;
+        if vm.node.is_some() {
+            return Err(Refused::VmPlaced(name.to_owned()));
+        }
+        self.vms.remove(name);
+        Ok(Applied::Done)
+    }
+
+    pub(super) fn place_vm(
+        &mut self,
+        name: &str,
+        node: Option<NodeId>,
+        epoch: u32,
+    ) -> Result<Applied, Refused> {
+        let vm = self.vms.get(name).ok_or_else(|| Refused::NoVm(name.to_owned()))?;
+        if vm.epoch != epoch {
+            return Err(Refused::Overtaken {
+                name: name.to_owned(),
+            });
+        }
+        if let Some(id) = node.filter(|_| node != vm.node) {
+            let record = self.nodes.get(&id).ok_or(Refused::NoNode(id))?;
+            if record.drain {
+                return Err(Refused::Draining(id));
+            }
+            self.check_memory(id, name, vm.spec.memory)?;
+        }
+        if let Some(vm) = self.vms.get_mut(name) {
+            vm.node = node;
+            vm.epoch = vm.epoch.wrapping_add(1);
+        }
+        Ok(Applied::Done)
+    }
+
+    fn check_memory(&self, node: NodeId, name: &str, wanted: u64) -> Result<(), Refused> {
+        let free = self.memory_free_without(node, name);
+        match wanted <= free {
+            true => Ok(()),
+            false => Err(Refused::Memory { node, free, wanted }),
+        }
+    }
+
+    fn check_vm(&self, name: &str, spec: &VmSpec) -> Result<(), Refused> {
+        check_spec(spec)?;
+        for volume in &spec.volumes {
+            self.volume(volume)?;
+            if let Some(vm) = self.user_of(volume).filter(|vm| *vm != name) {
+                return Err(Refused::VolumeInUse {
+                    volume: volume.clone(),
+                    vm: vm.to_owned(),
+                });
+            }
+        }
+        Ok(())
+    }
+
+    /// What must hold of the VMs of every state.
+    pub(super) fn check_vms(&self) -> Result<(), String> {
+        let mut used = BTreeSet::new();
+        for (name, vm) in &self.vms {
+            let fail = |why: &str| Err(format!("VM {name}: {why}"));
+            if !is_name(name) || check_spec(&vm.spec).is_err() {
+                return fail("impossible name or definition");
+            }
+            if vm.node.is_some_and(|node| !self.nodes.contains_key(&node)) {
+                return fail("on a node that there is not");
+            }
+            for volume in &vm.spec.volumes {
+                if !self.volumes.contains_key(volume) || !used.insert(volume) {
+                    return fail("a volume that there is not, or of another VM too");
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+fn check_spec(spec: &VmSpec) -> Result<(), Refused> {
+    let wrong = |why| Err(Refused::Vm(Cow::Borrowed(why)));
+    if spec.definition.len() > DEFINITION_MAX {
+        return wrong("it is longer than 64 KiB");
+    }
+    let json = serde_json::from_str::<serde::de::IgnoredAny>(&spec.definition);
+    if json.is_err() || !spec.definition.trim_start().starts_with('{') {
+        return wrong("it is no JSON object");
+    }
+    if spec.volumes.len() > VM_VOLUMES_MAX {
+        return wrong("it has more than 64 volumes");
+    }
+    let distinct: BTreeSet<_> = spec.volumes.iter().collect();
+    if distinct.len() != spec.volumes.len() {
+        return wrong("it names a volume twice");
+    }
+    Ok(())
+}

@@ -1,0 +1,216 @@
+//! Single scenes that the simulators meet too rarely, played step by step.
+
+use super::*;
+use crate::config::{Change, Slot, SlotState};
+use crate::geometry::Geometry;
+use crate::ids::{BLOCK, BootId, CHUNK, EXTENTS_PER_REGION, Generation, LayerId, PowerId, VolumeId};
+use crate::memory::Arena;
+use crate::replica::{ExtentDigest, Sealed, Status};
+
+const BOOT: BootId = BootId(5);
+
+/// A volume of one chunk on two disks, attached, with nothing written.
+struct Scene {
+    mirror: Mirror,
+    config: VolumeConfig,
+    out: Vec<Effect>,
+    /// Disks that answer nothing.
+    silent: Vec<DiskIndex>,
+    /// Disks that obey a later owner.
+    sealed_by_another: Vec<DiskIndex>,
+    done: Vec<(OpId, Result<(), OpError>, bool)>,
+}
+
+impl Scene {
+    fn new() -> Self {
+        let slot = |n| Slot {
+            disk: DiskUuid(n),
+            state: SlotState::InSync,
+            incarnation: 1,
+            boot: BootId::default(),
+            power: PowerId::default(),
+        };
+        let config = VolumeConfig {
+            id: VolumeId(1),
+            head: LayerId(1),
+            size: CHUNK,
+            geometry: Geometry::new(256 << 10, 1).unwrap(),
+            generation: Generation(1),
+            config: 1,
+            chunks: vec![vec![slot(1), slot(2)]],
+        };
+        let mut scene = Scene {
+            mirror: Mirror::new(config.clone(), Limits::default()),
+            config,
+            out: Vec::new(),
+            silent: Vec::new(),
+            sealed_by_another: Vec::new(),
+            done: Vec::new(),
+        };
+        for disk in [1, 2] {
+            scene.mirror.disk_up(DiskUuid(disk), true, &mut scene.out);
+        }
+        scene.mirror.attach(&mut scene.out);
+        scene.play();
+        scene
+    }
+
+    /// Carries out the effects: disks that are not silent answer at once, proposals are committed.
+    fn play(&mut self) {
+        while !self.out.is_empty() {
+            for effect in std::mem::take(&mut self.out) {
+                match effect {
+                    Effect::Send {
+                        disk, id, request, ..
+                    } if !self.silent.contains(&disk) => {
+                        let reply = match request {
+                            Request::Seal => Reply::Sealed(Box::new(Sealed {
+                                disk: self.mirror.disk(disk),
+                                boot: BOOT,
+                                power: PowerId(6),
+                                suspect: false,
+                                chunks: Vec::new(),
+                            })),
+                            Request::Digest { .. } => Reply::Digest {
+                                in_doubt: false,
+                                extents: Box::new([ExtentDigest::default(); EXTENTS_PER_REGION]),
+                            },
+                            Request::Read { .. } => Reply::Read {
+                                holes: 1,
+                                bad: 0,
+                                lost: 0,
+                                crcs: [0; 16],
+                            },
+                            Request::Confirm if self.sealed_by_another.contains(&disk) => {
+                                Reply::Refused(Status::StaleGeneration)
+                            }
+                            _ => Reply::Done,
+                        };
+                        self.mirror.replied(id, reply, &mut self.out);
+                    }
+                    Effect::Propose(proposal) => {
+                        self.commit(&proposal.change);
+                        let outcome = Outcome::Committed(self.config.clone());
+                        self.mirror.decided(outcome, &mut self.out);
+                    }
+                    Effect::Done { op, result, released } => self.done.push((op, result, released)),
+                    _ => {}
+                }
+            }
+        }
+    }
+
+    fn commit(&mut self, change: &Change) {
+        self.config.config += 1;
+        for slot in &mut self.config.chunks[0] {
+            match *change {
+                Change::MarkStale { disk, .. } if disk == slot.disk => slot.state = SlotState::Stale,
+                Change::MarkInSync {
+                    disk, boot, power, ..
+                } if disk == slot.disk => {
+                    (slot.boot, slot.power) = (boot, power);
+                }
+                _ => {}
+            }
+        }
+    }
+
+    /// Lets time pass in the steps in which a driver would tell it.
+    fn pass(&mut self, from: u64, to: u64) {
+        for now in (from..=to).step_by(100) {
+            self.mirror.tick(now, &mut self.out);
+            self.play();
+        }
+    }
+}
+
+#[test]
+fn a_write_that_the_survivor_flushed_meanwhile_is_answered_when_the_silent_disk_is_out() {
+    let mut scene = Scene::new();
+    scene.pass(0, 500);
+    scene.silent.push(DiskIndex(1));
+    let arena = Arena::new(1).unwrap();
+    scene.mirror.submit(
+        OpId(0),
+        OpKind::Write,
+        0,
+        BLOCK as u64,
+        arena.payload(0),
+        &[0],
+        &mut scene.out,
+    );
+    // The owner flushes by itself after a second, well before the disk counts as silent.
+    scene.pass(500, 2_500);
+    assert_eq!(
+        scene.done,
+        [],
+        "nothing is acknowledged while a required replica is missing"
+    );
+    scene.pass(2_500, 5_000);
+    assert_eq!(scene.config.chunks[0][1].state, SlotState::Stale);
+    assert_eq!(
+        scene.done,
+        [(OpId(0), Ok(()), false)],
+        "the other replica has it, flushed; the silent disk still has its memory"
+    );
+    assert!(!scene.mirror.is_quiet());
+}
+
+impl Scene {
+    fn read(&mut self, op: u32, arena: &Arena) {
+        self.mirror.submit(
+            OpId(op),
+            OpKind::Read,
+            0,
+            BLOCK as u64,
+            arena.payload(0),
+            &[],
+            &mut self.out,
+        );
+        self.play();
+    }
+}
+
+#[test]
+fn without_a_lease_a_read_is_answered_when_every_required_replica_confirmed() {
+    let mut scene = Scene::new();
+    let arena = Arena::new(1).unwrap();
+    scene.mirror.set_leased(false, &mut scene.out);
+    scene.read(0, &arena);
+    assert_eq!(scene.done, [(OpId(0), Ok(()), true)], "both confirm at once");
+    scene.silent.push(DiskIndex(1));
+    // The other replica answers the read, but that is not enough.
+    scene.read(1, &arena);
+    scene.read(2, &arena);
+    assert_eq!(scene.done.len(), 1);
+    // A lease that is sure again is enough.
+    scene.mirror.set_leased(true, &mut scene.out);
+    scene.play();
+    assert_eq!(scene.done.len(), 3);
+    scene.mirror.set_leased(false, &mut scene.out);
+    scene.read(3, &arena);
+    assert_eq!(scene.done.len(), 3);
+    // And so is the commit that the silent replica is required no more.
+    scene.pass(100, 5_000);
+    assert_eq!(scene.config.chunks[0][1].state, SlotState::Stale);
+    assert_eq!(scene.done.len(), 4);
+    assert!(scene.done.iter().all(|(_, result, _)| result.is_ok()));
+}
+
+#[test]
+fn an_owner_that_was_replaced_returns_nothing_it_read() {
+    for lease_comes_back in [false, true] {
+        let mut scene = Scene::new();
+        let arena = Arena::new(1).unwrap();
+        scene.mirror.set_leased(false, &mut scene.out);
+        // A later owner could reach only the second replica.
+        scene.sealed_by_another.push(DiskIndex(1));
+        scene.read(0, &arena);
+        if lease_comes_back {
+            scene.mirror.set_leased(true, &mut scene.out);
+            scene.play();
+        }
+        assert_eq!(scene.mirror.phase(), Phase::Fenced);
+        assert_eq!(scene.done, [(OpId(0), Err(OpError::Gone), true)]);
+    }
+}

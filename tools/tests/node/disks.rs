@@ -1,0 +1,216 @@
+//! Disks of a node that rot, fail, hang, fill up, are replaced and return, as users meet it.
+
+use super::common::{Node, Place, fails, runs};
+
+#[test]
+fn rot_is_repaired_and_a_failing_disk_is_dropped_without_an_error() {
+    let place = Place::new();
+    let (a, b) = (place.disk("a.img", "256M"), place.disk("b.img", "256M"));
+    let state = place.str("state");
+    let node = Node::start(&[
+        "--faults",
+        "--disk",
+        &a,
+        "--disk",
+        &b,
+        "--state",
+        &state,
+        "--volume",
+        &place.volume("v", "size=64M,mirror=2"),
+    ]);
+    let socket = place.str("v.sock");
+    runs(&["bench", &socket, "--fill", "--bs", "64K", "--size", "16M"]);
+    node.run(&["disk", "fault", &a, "rot"]);
+    runs(&["bench", &socket, "--verify-only", "--bs", "4K", "--size", "16M"]);
+    let volume = &node.status()["volumes"][0];
+    assert!(
+        volume["counters"]["read_repairs"].as_u64().unwrap() > 0,
+        "{volume}"
+    );
+    node.run(&["disk", "fault", &a, "none"]);
+    node.run(&["disk", "fault", &b, "write-errors"]);
+    // Another seed: what the failing disk has is not what is asked for.
+    let second = ["--bs", "64K", "--size", "16M", "--seed", "2"];
+    runs(&[&["bench", &socket, "--fill"], &second[..]].concat());
+    runs(&[&["bench", &socket, "--verify-only"], &second[..]].concat());
+    node.wait("the failing disk is out", |status| {
+        status["disks"][1]["state"] == "failed"
+    });
+    let volume = &node.status()["volumes"][0];
+    assert_eq!(
+        (volume["in_sync"].as_u64(), volume["replicas"].as_u64()),
+        (Some(2), Some(4)),
+        "{volume}"
+    );
+    // A disk that failed by itself is tried again by itself.
+    node.wait("redundancy is back", |status| {
+        status["volumes"][0]["state"] == "healthy"
+    });
+    assert_eq!(node.terminate(), Some(0));
+}
+
+#[test]
+fn a_full_disk_refuses_and_loses_nothing() {
+    let place = Place::new();
+    let node = Node::start(&[
+        "--disk",
+        "mem:64M",
+        "--control",
+        &place.str("control.sock"),
+        "--volume",
+        &place.volume("v", "size=256M,mirror=1"),
+    ]);
+    let socket = place.str("v.sock");
+    runs(&["bench", &socket, "--fill", "--bs", "64K", "--size", "32M"]);
+    fails(&[
+        "bench", &socket, "--fill", "--bs", "64K", "--offset", "32M", "--size", "200M",
+    ]);
+    runs(&["bench", &socket, "--verify-only", "--bs", "64K", "--size", "32M"]);
+    // What fits where something was keeps fitting.
+    runs(&["bench", &socket, "--fill", "--bs", "64K", "--size", "32M"]);
+    assert!(
+        node.status()["volumes"][0]["counters"]["errors_no_space"]
+            .as_u64()
+            .unwrap()
+            > 0
+    );
+    assert_eq!(node.terminate(), Some(0));
+}
+
+#[test]
+fn disks_of_two_reactors_work_together() {
+    let place = Place::new();
+    let cores = std::thread::available_parallelism().unwrap().get();
+    if cores < 2 {
+        eprintln!("SKIPPED disks_of_two_reactors_work_together: it needs two cores");
+        return;
+    }
+    let node = Node::start(&[
+        "--cores",
+        "0,1",
+        "--disk",
+        "mem:256M",
+        "--disk",
+        "mem:256M",
+        "--control",
+        &place.str("control.sock"),
+        "--volume",
+        &place.volume("v", "size=64M,mirror=2"),
+        "--volume",
+        &place.volume("w", "size=64M,mirror=2"),
+    ]);
+    for socket in [place.str("v.sock"), place.str("w.sock")] {
+        runs(&["bench", &socket, "--fill", "--bs", "64K"]);
+        runs(&[
+            "bench",
+            &socket,
+            "--rw",
+            "randrw",
+            "--verify",
+            "--runtime",
+            "1",
+            "--iodepth",
+            "8",
+        ]);
+        runs(&["bench", &socket, "--verify-only", "--bs", "128K"]);
+    }
+    assert_eq!(node.terminate(), Some(0));
+}
+
+#[test]
+fn a_hung_disk_holds_up_no_request_of_the_guest() {
+    let place = Place::new();
+    let (a, b) = (place.disk("a.img", "256M"), place.disk("b.img", "256M"));
+    let node = Node::start(&[
+        "--faults",
+        "--disk",
+        &a,
+        "--disk",
+        &b,
+        "--state",
+        &place.str("state"),
+        "--volume",
+        &place.volume("v", "size=64M,mirror=2"),
+    ]);
+    let socket = place.str("v.sock");
+    node.wait("both replicas are known to be good", |status| {
+        status["volumes"][0]["state"] == "healthy"
+    });
+    node.run(&["disk", "fault", &b, "stuck"]);
+    // Larger than a window: the first window's memory is with the hung disk when the second begins.
+    runs(&["bench", &socket, "--fill", "--bs", "2M"]);
+    runs(&["bench", &socket, "--verify-only", "--bs", "64K"]);
+    assert_eq!(node.status()["disks"][1]["state"], "leaving");
+    node.run(&["disk", "fault", &b, "none"]);
+    node.wait("its last I/O has ended and it is tried again", |status| {
+        status["volumes"][0]["state"] == "healthy"
+    });
+    runs(&["bench", &socket, "--verify-only", "--bs", "64K"]);
+    assert_eq!(node.terminate(), Some(0));
+}
+
+#[test]
+fn a_replaced_disk_is_not_forgotten_by_a_crash() {
+    let place = Place::new();
+    let (a, b) = (place.disk("a.img", "256M"), place.disk("b.img", "256M"));
+    let (c, d) = (place.disk("c.img", "256M"), place.disk("d.img", "256M"));
+    let state = place.str("state");
+    let (in_b, volume) = (format!("{b},domain=b"), place.volume("v", "size=64M,mirror=2"));
+    let node = Node::start(&[
+        "--disk", &a, "--disk", &in_b, "--state", &state, "--volume", &volume,
+    ]);
+    runs(&["bench", &place.str("v.sock"), "--fill", "--bs", "64K"]);
+    node.run(&["disk", "fail", &a]);
+    node.wait("it is out", |status| status["disks"][0]["state"] == "failed");
+    // In the domain of the other copy there is no place for what was on it yet.
+    let in_b_too = format!("{c},domain=b");
+    node.run(&["disk", "replace", &a, &in_b_too]);
+    node.kill();
+    let node = Node::start(&[
+        "--disk", &in_b, "--disk", &in_b_too, "--disk", &d, "--state", &state, "--volume", &volume,
+    ]);
+    node.wait("its replicas are elsewhere", |status| {
+        status["volumes"][0]["state"] == "healthy"
+    });
+    runs(&["bench", &place.str("v.sock"), "--verify-only", "--bs", "64K"]);
+    assert_eq!(node.terminate(), Some(0));
+}
+
+#[test]
+fn what_was_moved_off_a_disk_gives_its_space_back_when_the_disk_returns() {
+    let place = Place::new();
+    let (a, b, c) = (
+        place.disk("a.img", "256M"),
+        place.disk("b.img", "256M"),
+        place.disk("c.img", "256M"),
+    );
+    let node = Node::start(&[
+        "--disk",
+        &a,
+        "--disk",
+        &b,
+        "--state",
+        &place.str("state"),
+        "--volume",
+        &place.volume("v", "size=64M,mirror=2"),
+    ]);
+    let empty = node.status()["disks"][0]["free"].as_u64().unwrap();
+    runs(&["bench", &place.str("v.sock"), "--fill", "--bs", "64K"]);
+    assert_eq!(
+        node.status()["disks"][0]["free"].as_u64(),
+        Some(empty - (64 << 20))
+    );
+    node.run(&["disk", "fail", &a]);
+    node.wait("it is out", |status| status["disks"][0]["state"] == "failed");
+    let in_a = format!("{c},domain=elsewhere");
+    node.run(&["disk", "replace", &a, &in_a]);
+    node.wait("the replacement has everything", |status| {
+        status["volumes"][0]["state"] == "healthy"
+    });
+    node.run(&["disk", "return", &a]);
+    node.wait("the space is back", |status| {
+        status["disks"][0]["free"].as_u64() == Some(empty)
+    });
+    runs(&["bench", &place.str("v.sock"), "--verify-only", "--bs", "64K"]);
+    assert_eq!(node.terminate(), Some(0));
+}
