@@ -242,6 +242,7 @@ pub(crate) fn fio(
         "-c",
         "1",
         "fio",
+        "--thread",
         "--name=peer",
         "--ioengine=io_uring",
         "--registerfiles",
