@@ -7,8 +7,7 @@ use std::fs::{self, File, OpenOptions};
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 
-use serde::{Deserialize, Serialize};
-
+use crate::envelope::{self, Unreadable};
 use crate::state::{Applied, Command, FORMAT, Refused, State};
 
 const FILE: &str = "state.json";
@@ -72,16 +71,6 @@ pub enum ExecuteError {
     },
 }
 
-/// The file around the state: what can be read of any version.
-#[derive(Serialize, Deserialize)]
-struct Envelope<'a> {
-    magic: String,
-    format: u32,
-    blake3: String,
-    #[serde(borrow)]
-    state: &'a serde_json::value::RawValue,
-}
-
 /// See the module.
 #[derive(Debug)]
 pub struct LocalState {
@@ -122,7 +111,7 @@ impl LocalState {
         }
         let path = dir.join(FILE);
         let state = match fs::read(&path) {
-            Ok(bytes) => decode(&bytes).map_err(|error| error.at(&path))?,
+            Ok(bytes) => decode(&bytes).map_err(|error| refused(error, &path))?,
             Err(error) if error.kind() == io::ErrorKind::NotFound => State::default(),
             Err(source) => return Err(system("reading", &path)(source)),
         };
@@ -159,60 +148,23 @@ impl LocalState {
 }
 
 fn encode(state: &State) -> Vec<u8> {
-    seal(&serde_json::value::to_raw_value(state).expect("the state has string keys only"))
+    envelope::seal(MAGIC, state)
 }
 
-/// Puts a serialised state into its envelope.
-fn seal(state: &serde_json::value::RawValue) -> Vec<u8> {
-    let envelope = Envelope {
-        magic: MAGIC.into(),
-        format: FORMAT,
-        blake3: blake3::hash(state.get().as_bytes()).to_hex().to_string(),
-        state,
-    };
-    let mut bytes = serde_json::to_vec(&envelope).expect("an envelope has string keys only");
-    bytes.push(b'\n');
-    bytes
-}
-
-enum DecodeError {
-    Foreign(String),
-    Newer(u32),
-    Damaged(String),
-}
-
-impl DecodeError {
-    fn at(self, path: &Path) -> OpenError {
-        let path = path.to_path_buf();
-        match self {
-            DecodeError::Foreign(why) => OpenError::Foreign { path, why },
-            DecodeError::Newer(found) => OpenError::Newer { path, found },
-            DecodeError::Damaged(why) => OpenError::Damaged { path, why },
-        }
-    }
-}
-
-fn decode(bytes: &[u8]) -> Result<State, DecodeError> {
-    let envelope: Envelope<'_> =
-        serde_json::from_slice(bytes).map_err(|error| DecodeError::Foreign(error.to_string()))?;
-    if envelope.magic != MAGIC {
-        return Err(DecodeError::Foreign(format!(
-            "it begins with {:?}",
-            envelope.magic
-        )));
-    }
-    if envelope.format > FORMAT {
-        return Err(DecodeError::Newer(envelope.format));
-    }
-    let text = envelope.state.get();
-    if blake3::hash(text.as_bytes()).to_hex().as_str() != envelope.blake3 {
-        return Err(DecodeError::Damaged("its checksum does not match".into()));
-    }
-    let mut state: State =
-        serde_json::from_str(text).map_err(|error| DecodeError::Damaged(error.to_string()))?;
+fn decode(bytes: &[u8]) -> Result<State, Unreadable> {
+    let mut state: State = envelope::open(MAGIC, bytes)?;
     state.upgrade();
-    state.check().map_err(DecodeError::Damaged)?;
+    state.check().map_err(Unreadable::Damaged)?;
     Ok(state)
+}
+
+fn refused(unreadable: Unreadable, path: &Path) -> OpenError {
+    let path = path.to_path_buf();
+    match unreadable {
+        Unreadable::Foreign { why, .. } => OpenError::Foreign { path, why },
+        Unreadable::Newer(found) => OpenError::Newer { path, found },
+        Unreadable::Damaged(why) => OpenError::Damaged { path, why },
+    }
 }
 
 /// A state file's bytes, for fuzzing: as they are, and as a state in an intact envelope. Never panics unless a state that
@@ -221,7 +173,7 @@ pub fn fuzz_state(bytes: &[u8]) {
     let sealed = std::str::from_utf8(bytes)
         .ok()
         .and_then(|text| serde_json::value::RawValue::from_string(text.to_owned()).ok())
-        .map(|state| seal(&state));
+        .map(|state| envelope::seal_raw(MAGIC, &state));
     for bytes in std::iter::once(bytes).chain(sealed.as_deref()) {
         if let Ok(state) = decode(bytes) {
             assert!(
@@ -308,7 +260,7 @@ mod tests {
     fn a_newer_format_is_refused_as_such() {
         let text = String::from_utf8(encode(&State::default())).unwrap();
         let newer = text.replacen("\"format\":2", "\"format\":3", 1);
-        assert!(matches!(decode(newer.as_bytes()), Err(DecodeError::Newer(3))));
+        assert!(matches!(decode(newer.as_bytes()), Err(Unreadable::Newer(3))));
     }
 
     #[test]

@@ -2,16 +2,20 @@
 //!
 //! Each replica goes to the disk that is least full for its size, among those in a domain the chunk has none in; of
 //! equals, to the one that shares the fewest chunks with the replicas chosen before. So the disks fill evenly, and the
-//! partners of a disk are spread over all others: when it is lost, all of them take part in healing.
+//! partners of a disk are spread over all others: when it is lost, all of them take part in healing. For a node that will
+//! use a volume, the first replica goes to its own disks as long as they are hardly fuller than all are on average.
 
 use std::collections::BTreeMap;
 
 use unibody_dataplane::ids::{CHUNK, DiskUuid};
 
-use crate::state::{Disk, ReplicaState, State};
+use crate::state::{Disk, NodeId, ReplicaState, State};
 
 /// Widest stripe that is planned by default.
 const WIDTH_DEFAULT_MAX: u32 = 16;
+
+/// By what part a disk may be fuller than the average and still be preferred for being near.
+const LOCAL_SLACK: u128 = 40;
 
 /// Why no place was found.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -37,6 +41,7 @@ struct Board<'a> {
 
 struct Candidate<'a> {
     uuid: DiskUuid,
+    node: NodeId,
     domain: &'a str,
     /// Bytes for data.
     bytes: u64,
@@ -52,6 +57,7 @@ impl<'a> Board<'a> {
             .filter(|(uuid, _)| state.usable(uuid.0).is_some())
             .map(|(uuid, record)| Candidate {
                 uuid: uuid.0,
+                node: record.node,
                 domain: state.domain_of(*uuid).unwrap_or_default(),
                 bytes: record.bytes.max(1),
                 chunks: 0,
@@ -99,6 +105,24 @@ impl<'a> Board<'a> {
         })
     }
 
+    /// The best disk of a node, unless it is fuller than all are on average by more than one part in [`LOCAL_SLACK`].
+    fn local(&self, node: NodeId) -> Option<usize> {
+        let (chunks, bytes) = self.disks.iter().fold((0u128, 0u128), |(chunks, bytes), disk| {
+            (chunks + u128::from(disk.chunks), bytes + u128::from(disk.bytes))
+        });
+        let own = (0..self.disks.len()).filter(|&i| self.disks[i].node == node);
+        let best = own.min_by(|&a, &b| {
+            let (da, db) = (&self.disks[a], &self.disks[b]);
+            let fill = (u128::from(da.chunks) * u128::from(db.bytes))
+                .cmp(&(u128::from(db.chunks) * u128::from(da.bytes)));
+            fill.then(a.cmp(&b))
+        })?;
+        let disk = &self.disks[best];
+        let fits = u128::from(disk.chunks) * bytes * LOCAL_SLACK
+            <= chunks * u128::from(disk.bytes) * (LOCAL_SLACK + 1);
+        fits.then_some(best)
+    }
+
     fn place(&mut self, chosen: &[usize], fresh: usize) {
         let n = self.disks.len();
         self.disks[fresh].chunks += 1;
@@ -124,6 +148,19 @@ pub fn default_width(state: &State) -> u32 {
 /// # Errors
 /// When there are too few failure domains.
 pub fn plan_chunks(state: &State, count: u32, copies: u32) -> Result<Vec<Vec<DiskUuid>>, PlanError> {
+    plan_chunks_near(state, count, copies, None)
+}
+
+/// The same for a volume that will be used on a node: its own disks come first where balance allows.
+///
+/// # Errors
+/// When there are too few failure domains.
+pub fn plan_chunks_near(
+    state: &State,
+    count: u32,
+    copies: u32,
+    near: Option<NodeId>,
+) -> Result<Vec<Vec<DiskUuid>>, PlanError> {
     let mut board = Board::new(state);
     let domains = board.domains();
     if domains < copies as usize {
@@ -133,13 +170,19 @@ pub fn plan_chunks(state: &State, count: u32, copies: u32) -> Result<Vec<Vec<Dis
     let mut chosen = Vec::with_capacity(copies as usize);
     for _ in 0..count {
         chosen.clear();
-        for _ in 0..copies {
+        if let Some(disk) = near.and_then(|node| board.local(node)) {
+            board.place(&chosen, disk);
+            chosen.push(disk);
+        }
+        while chosen.len() < copies as usize {
             let Some(disk) = board.best(&chosen, &[]) else {
                 return Err(PlanError::Domains { copies, domains });
             };
             board.place(&chosen, disk);
             chosen.push(disk);
         }
+        // A replica that came to be there for balance alone is as near.
+        chosen.sort_by_key(|&disk| near != Some(board.disks[disk].node));
         plan.push(chosen.iter().map(|&disk| board.disks[disk].uuid).collect());
     }
     Ok(plan)
@@ -241,6 +284,75 @@ mod tests {
                 4,
                 "disk {disk} shares chunks with {partners:?} only"
             );
+        }
+    }
+
+    /// Nodes with the sizes of their disks, each node a failure domain.
+    fn cluster_of(nodes: &[Vec<u64>]) -> State {
+        let mut state = State::default();
+        let mut disk = 0;
+        for (number, sizes) in (1u64..).zip(nodes) {
+            let node = NodeId(number);
+            let add = Command::AddNode {
+                node,
+                store: u128::from(number),
+                name: format!("n{number}"),
+                addresses: vec!["[::1]:1".into()],
+                domain: format!("n{number}"),
+                memory: 0,
+                incarnation: 0,
+            };
+            state.apply(&add).unwrap();
+            for gigabytes in sizes {
+                disk += 1;
+                let add = Command::AddDisk {
+                    disk: DiskUuid(disk),
+                    node,
+                    domain: String::new(),
+                    bytes: gigabytes << 30,
+                };
+                state.apply(&add).unwrap();
+            }
+        }
+        state
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(12))]
+        #[test]
+        fn a_hundred_thousand_chunks_lie_evenly_over_nodes(
+            nodes in prop::collection::vec(prop::collection::vec(1u64..5, 1..6), 3..9),
+            copies in 2u32..=3, near: Option<prop::sample::Index>,
+        ) {
+            const COUNT: u32 = 100_000;
+            let state = cluster_of(&nodes);
+            let near = near.map(|index| NodeId(index.index(nodes.len()) as u64 + 1));
+            let plan = plan_chunks_near(&state, COUNT, copies, near).unwrap();
+            let mut load = BTreeMap::new();
+            let mut local = 0u32;
+            for disks in &plan {
+                let domains: std::collections::BTreeSet<_> =
+                    disks.iter().map(|&disk| state.domain_of(Disk(disk)).unwrap()).collect();
+                prop_assert_eq!(domains.len(), copies as usize);
+                let is_local = |disk: &DiskUuid| Some(state.disks[&Disk(*disk)].node) == near;
+                local += u32::from(is_local(&disks[0]));
+                prop_assert!(is_local(&disks[0]) || !disks.iter().any(is_local), "the near one is not the first");
+                disks.iter().for_each(|disk| *load.entry(*disk).or_insert(0u64) += 1);
+            }
+            let total: u64 = nodes.iter().flatten().sum();
+            let share = |node: &Vec<u64>| node.iter().sum::<u64>() as f64 / total as f64 * f64::from(copies);
+            // Where no node is so large that it must be in nearly every chunk.
+            if nodes.iter().all(|node| share(node) <= 0.95) {
+                let fair = f64::from(COUNT) * f64::from(copies) / total as f64;
+                for (disk, record) in &state.disks {
+                    let fill = load[&disk.0] as f64 / ((record.bytes >> 30) as f64 * fair);
+                    prop_assert!((0.95..=1.05).contains(&fill), "disk {} is filled to {}", disk, fill);
+                }
+                if let Some(near) = near {
+                    let possible = share(&nodes[near.0 as usize - 1]).min(1.0);
+                    prop_assert!(f64::from(local) >= possible * f64::from(COUNT) * 0.98, "{} of {}", local, possible);
+                }
+            }
         }
     }
 

@@ -13,6 +13,7 @@ use crate::state::{Applied, Command, Disk, NodeId, Refused, ReplicaState, State,
 #[derive(Clone, Debug)]
 enum Step {
     AddNode(u8, u8),
+    NodeUp(u8, u8),
     RemoveNode(u8),
     Drain(u8, bool),
     AddDisk(u8, u8, bool),
@@ -48,6 +49,7 @@ fn step() -> impl Strategy<Value = Step> {
 fn one() -> impl Strategy<Value = Step> {
     prop_oneof![
         1 => (0u8..6, 0u8..5).prop_map(|(n, domain)| Step::AddNode(n, domain)),
+        1 => (0u8..6, 6u8..12).prop_map(|(n, memory)| Step::NodeUp(n, memory)),
         1 => (0u8..6).prop_map(Step::RemoveNode),
         1 => (0u8..6, any::<bool>()).prop_map(|(n, on)| Step::Drain(n, on)),
         2 => (0u8..8, prop_oneof![3 => Just(0u8), 1 => 0u8..5], any::<bool>())
@@ -102,6 +104,12 @@ fn command(state: &State, step: &Step) -> Option<Command> {
         // Never in a state of one node alone.
         Step::AddNode(n, domain) if !state.nodes.is_empty() => add_node(*n, *domain),
         Step::AddNode(..) => return None,
+        Step::NodeUp(n, memory) => Command::NodeUp {
+            node: node(state, *n),
+            addresses: vec!["[::1]:1".into()],
+            memory: u64::from(*memory),
+            incarnation: 2,
+        },
         Step::RemoveNode(n) => Command::RemoveNode {
             node: node(state, *n),
         },
@@ -257,8 +265,11 @@ fn check_change(before: &State, after: &State, command: &Command, result: &Appli
     for id in after.nodes.keys() {
         let placed = after.vms.values().filter(|vm| vm.node == Some(*id));
         let used: u64 = placed.map(|vm| vm.spec.memory).sum();
+        let shrunk = matches!(command, Command::NodeUp { .. } | Command::AddNode { .. });
         assert!(
-            used <= after.nodes[id].memory,
+            used <= after.nodes[id].memory
+                || shrunk
+                || before.nodes[id].memory == after.nodes[id].memory && before.memory_free(*id) == 0,
             "{command:?}: memory promised twice"
         );
     }

@@ -126,6 +126,16 @@ impl BufferPool {
         Payload::new(self.segs(lent))
     }
 
+    /// How many of the lent buffers are large ones.
+    #[inline]
+    pub fn large(&self, lent: &Lent) -> u32 {
+        let loan = &self.loans[usize::from(lent.0)];
+        let large = loan.pages[..loan.count]
+            .iter()
+            .filter(|&&page| page >= self.extents_from);
+        large.count() as u32
+    }
+
     /// Takes buffers back. No I/O may be using them.
     #[inline]
     pub fn give(&mut self, lent: Lent) {

@@ -74,7 +74,7 @@ pub enum Change {
         disk: DiskUuid,
         /// The chunks.
         chunks: Vec<u32>,
-        /// The disk had no room: the chunks belong elsewhere.
+        /// The disk had no room, or does not keep what is written to it: the chunks belong elsewhere.
         no_space: bool,
     },
     /// Begin to bring these stale replicas on `disk` up to date.

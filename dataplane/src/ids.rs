@@ -113,3 +113,14 @@ pub fn block_mask(first: u8, count: u8) -> BlockMask {
     debug_assert!(usize::from(first) + usize::from(count) <= BLOCKS_PER_EXTENT);
     (((1u32 << count) - 1) << first) as BlockMask
 }
+
+/// Calls `visit(first, count)` for each run of a mask.
+#[inline]
+pub fn mask_runs(mut mask: BlockMask, mut visit: impl FnMut(u8, u8)) {
+    while mask != 0 {
+        let first = mask.trailing_zeros();
+        let count = (mask >> first).trailing_ones();
+        visit(first as u8, count as u8);
+        mask &= !block_mask(first as u8, count as u8);
+    }
+}

@@ -5,9 +5,11 @@
 //! None of this is on the path of a guest's request.
 
 use std::io;
+use std::net::{SocketAddr, TcpStream};
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::sync::mpsc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use crate::config::{Outcome, Proposal, VolumeConfig};
 use crate::disk::Disk;
@@ -19,6 +21,9 @@ use crate::reactor::pin::{Pinned, spawn_pinned};
 use crate::replica::ChunkRef;
 use crate::shard::{Message, Shard};
 use crate::store::{Store, StoreStats};
+use crate::wire::LinkCounts;
+use crate::wire::handshake::{self, Handshake, HandshakeError, Local, NodeId, PARAMS, Params, Peer, Purpose};
+use crate::wire::socket;
 
 /// Most disks of a node.
 pub const DISKS_MAX: usize = 256;
@@ -87,6 +92,17 @@ pub enum Event {
     Silent(DiskIndex),
     /// Half of a generation's versions are used: attach the volume anew soon.
     NewGeneration(VolumeIndex),
+    /// A reactor wants a connection to a node ([`Plane::dial`] makes one): its link is new, or has just lost the one it had.
+    /// Comes once for each connection; a control thread that does not succeed tries again by itself, and waits a little where
+    /// one connection after the other ends.
+    Dial {
+        /// To which node.
+        node: NodeId,
+        /// For which reactor of this node.
+        reactor: u16,
+        /// Why the last connection ended.
+        reason: String,
+    },
     /// Another owner has the volume: all its I/O fails now.
     Fenced(VolumeIndex),
     /// The last replicas of a chunk forgot acknowledged writes: all I/O fails until the volume is attached anew.
@@ -122,6 +138,23 @@ pub struct ReactorStats {
     pub queues_idle: u64,
 }
 
+/// One end of a link.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct LinkStatus {
+    /// The node at the other end.
+    pub node: NodeId,
+    /// The reactor that asks: of this node if `asks`, else of the other.
+    pub reactor: u16,
+    /// Requests go from here to there; else from there to here.
+    pub asks: bool,
+    /// There is a connection.
+    pub connected: bool,
+    /// Requests asked and not answered.
+    pub pending: usize,
+    /// Counters.
+    pub counts: LinkCounts,
+}
+
 /// What there is to know of one reactor and what it owns.
 #[derive(Debug, Default)]
 pub struct ShardStatus {
@@ -131,6 +164,8 @@ pub struct ShardStatus {
     pub disks: Vec<(DiskIndex, StoreStats)>,
     /// Its volumes.
     pub volumes: Vec<(VolumeIndex, MirrorStatus)>,
+    /// Its ends of links.
+    pub links: Vec<LinkStatus>,
 }
 
 /// What a reactor is told. Replies go to the senders inside; a reactor that is gone drops them.
@@ -153,6 +188,12 @@ pub(crate) enum Command {
     RemoveVolume(VolumeIndex, mpsc::Sender<()>),
     StartQueue(QueueKey, VolumeIndex, Box<Queue>),
     StopQueue(QueueKey, mpsc::Sender<Box<Queue>>),
+    /// Disks of this node will be asked.
+    Ask(NodeId, mpsc::Sender<io::Result<()>>),
+    Dialed(OwnedFd, Peer),
+    /// With the reactor of the peer that asks.
+    Accepted(OwnedFd, Peer, u16),
+    ForgetNode(NodeId),
     Status(mpsc::Sender<ShardStatus>),
     Stop,
 }
@@ -176,6 +217,17 @@ impl Drop for AbortOnPanic {
             std::process::abort();
         }
     }
+}
+
+/// The parameters of a data connection: which reactor of the dialer asks.
+pub fn reactor_params(reactor: u16) -> Params {
+    let mut params = [0; PARAMS];
+    params[..2].copy_from_slice(&reactor.to_le_bytes());
+    params
+}
+
+fn params_reactor(params: &Params) -> u16 {
+    u16::from_le_bytes([params[0], params[1]])
 }
 
 struct Port {
@@ -322,6 +374,62 @@ impl Plane {
     /// Takes a guest's queue back, once nothing of it is in flight. `None` if it was not running.
     pub fn stop_queue(&self, key: QueueKey, volume: VolumeIndex) -> Option<Box<Queue>> {
         self.ask(self.home(volume.0), |reply| Command::StopQueue(key, reply))
+    }
+
+    /// Every reactor will reach the disks of a node, as soon as it has a connection: [`Event::Dial`] comes for each. The
+    /// disks need not be named: whoever answers there says which it has, and volumes find them by their uuid.
+    ///
+    /// # Errors
+    /// When a reactor has no memory or no room for another link.
+    pub fn add_node(&self, node: NodeId) -> io::Result<()> {
+        for shard in 0..self.ports.len() {
+            self.ask(shard, |reply| Command::Ask(node, reply))
+                .unwrap_or_else(|| Err(io::Error::other("the reactor has ended")))?;
+        }
+        Ok(())
+    }
+
+    /// Answers an [`Event::Dial`]: connects, proves, and hands the connection to the reactor. Blocks for up to `limit`, so
+    /// not a thing for the thread that takes the events.
+    ///
+    /// # Errors
+    /// Nobody there, or not who should be: wait a little and try again.
+    pub fn dial(
+        &self,
+        local: Local,
+        node: NodeId,
+        reactor: u16,
+        address: SocketAddr,
+        limit: Duration,
+    ) -> Result<(), HandshakeError> {
+        let begun = Instant::now();
+        let mut socket = TcpStream::connect_timeout(&address, limit)?;
+        socket::prepare(&socket)?;
+        let shake = Handshake::dial(local, Purpose::Data, reactor_params(reactor), Some(node));
+        let left = limit.saturating_sub(begun.elapsed());
+        let peer = handshake::run(&mut socket, shake, left)?;
+        self.send(self.home(reactor), Command::Dialed(socket.into(), peer));
+        Ok(())
+    }
+
+    /// Takes a connection of purpose [`Purpose::Data`] that was accepted and has proven itself. (A listener tells no
+    /// parameters of its own for this purpose: 32 zeros.)
+    ///
+    /// # Errors
+    /// The socket takes no options: it has ended already.
+    pub fn accept(&self, socket: TcpStream, peer: Peer) -> io::Result<()> {
+        socket::prepare(&socket)?;
+        let reactor = params_reactor(&peer.params);
+        let home = self.home(reactor);
+        self.send(home, Command::Accepted(socket.into(), peer, reactor));
+        Ok(())
+    }
+
+    /// Ends all links to and from a node: its disks are down.
+    pub fn forget_node(&self, node: NodeId) {
+        for shard in 0..self.ports.len() {
+            self.send(shard, Command::ForgetNode(node));
+        }
     }
 
     /// What all reactors know.

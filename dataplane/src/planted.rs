@@ -36,8 +36,6 @@ pub enum Bug {
     SkipReadRepair,
     /// Mirror: a flush is answered before all required replicas flushed.
     FlushEarly,
-    /// Mirror: writes go to a rebuilding replica's unclean regions too and count as applied there.
-    WriteUncleanRegion,
     /// Mirror: a replica's new boot is treated as the old one.
     OldBootIsSame,
     /// Mirror: unaligned writes take the edges before older writes of the same block have ended.
@@ -46,8 +44,6 @@ pub enum Bug {
     SoleCopyUnflushed,
     /// Mirror: writes do not go to a replica whose promotion is proposed.
     PendingPromotionForgotten,
-    /// Mirror: reconcile takes the lowest version instead of the highest.
-    ReconcileTakesOldest,
     /// Store: a freed extent is reused before its freeing is durable.
     ReuseEarly,
     /// Store: a write is answered when its data is written, before its record.
@@ -64,6 +60,32 @@ pub enum Bug {
     CleanAboveStable,
     /// Store: a write does not wait for a clean mark that is on its way.
     CleanMarkRace,
+    /// Link: what is sent again does not wait until the old session was drained.
+    ResendBeforeDrain,
+    /// Link: an answer of an old session counts for whoever has its place now.
+    LateAnswer,
+    /// Link: what is sent again goes the wrong way round.
+    ResendOutOfOrder,
+    /// Link: another process of the peer is taken for the old one.
+    NewPeerIsOld,
+    /// Agent: an owner takes it that it has a lease.
+    LeaseIgnored,
+    /// Agent: whether there is a lease is looked at now and then, not when a read is answered.
+    LeaseLookedAtLate,
+    /// Agent: a lease counts from its answer, not from when it was asked for.
+    LeaseFromAnswer,
+    /// Agent: a lease counts before what was committed at its grant was applied.
+    LeaseBeforeApplied,
+    /// Agent: a proposal whose outcome is not known is taken to be refused.
+    UndecidedIsRefused,
+    /// Agent: the boot of a disk is reported once, whatever is committed later.
+    BootReportedOnce,
+    /// Leader: an owner is revoked before its lease has run out.
+    RevokeEarly,
+    /// Leader: a new one does not wait for leases that others granted.
+    NewLeaderForgetsLeases,
+    /// Leader: a node gets a lease while it is being revoked.
+    GrantWhileRevoking,
 }
 
 impl Bug {
@@ -83,12 +105,10 @@ impl Bug {
         Bug::AnswerBadBlock,
         Bug::SkipReadRepair,
         Bug::FlushEarly,
-        Bug::WriteUncleanRegion,
         Bug::OldBootIsSame,
         Bug::EdgesWithoutLock,
         Bug::SoleCopyUnflushed,
         Bug::PendingPromotionForgotten,
-        Bug::ReconcileTakesOldest,
     ];
     /// Those in the store.
     pub const STORE: &'static [Bug] = &[
@@ -99,6 +119,22 @@ impl Bug {
         Bug::IgnoreInDoubt,
         Bug::CleanMarkRace,
         Bug::CleanAboveStable,
+    ];
+    /// Those in the simulator's models of link, agent and leader.
+    pub const CLUSTER: &'static [Bug] = &[
+        Bug::ResendBeforeDrain,
+        Bug::LateAnswer,
+        Bug::ResendOutOfOrder,
+        Bug::NewPeerIsOld,
+        Bug::LeaseIgnored,
+        Bug::LeaseLookedAtLate,
+        Bug::LeaseFromAnswer,
+        Bug::LeaseBeforeApplied,
+        Bug::UndecidedIsRefused,
+        Bug::BootReportedOnce,
+        Bug::RevokeEarly,
+        Bug::NewLeaderForgetsLeases,
+        Bug::GrantWhileRevoking,
     ];
 }
 

@@ -13,6 +13,9 @@ pub(crate) type Target = fn(&[u8]);
 
 /// All of them, by the name of the program and of the corpus.
 pub(crate) const TARGETS: &[(&str, Target)] = &[
+    ("control_call", unibody_control::raft::fuzz_call),
+    ("control_log", unibody_control::raft::fuzz_log),
+    ("control_snapshot", unibody_control::raft::fuzz_snapshot),
     ("control_state", unibody_control::local::fuzz_state),
     ("descriptor_chain", unibody_dataplane::frontend::fuzz_chain),
     ("disk_image", disk_image),
@@ -21,6 +24,10 @@ pub(crate) const TARGETS: &[(&str, Target)] = &[
     ("record", unibody_dataplane::store::fuzz::record),
     ("superblock", unibody_dataplane::store::fuzz::superblock),
     ("vm_spec", unibody_vmm_adapter::fuzz_spec),
+    ("wire_asker", unibody_dataplane::wire::fuzz::wire_asker),
+    ("wire_frame", unibody_dataplane::wire::fuzz::wire_frame),
+    ("wire_handshake", unibody_dataplane::wire::fuzz::wire_handshake),
+    ("wire_server", unibody_dataplane::wire::fuzz::wire_server),
 ];
 
 /// Calls the target of this name.

@@ -107,6 +107,13 @@ impl Checker {
         }
     }
 
+    /// The write of `unit` that began at `begun` is durable by itself.
+    pub fn durable(&mut self, unit: u64, begun: u64) {
+        for v in self.unit(unit) {
+            v.for_good |= v.over() < begun && v.dead < NEVER;
+        }
+    }
+
     /// All replicas lost power: what was not flushed may be gone.
     pub fn power_lost(&mut self, now: u64) {
         for values in self.units.values_mut() {
@@ -120,6 +127,15 @@ impl Checker {
             // acknowledged and not flushed is one candidate among others now.
             for v in values.iter_mut().filter(|v| !v.for_good && v.begun != 0) {
                 v.acked = NEVER;
+            }
+        }
+    }
+
+    /// After a loss of power: this write is under way still, its owner came after the loss.
+    pub fn under_way(&mut self, unit: u64, id: u64, begun: u64) {
+        for v in self.unit(unit) {
+            if v.id == id && v.begun == begun {
+                (v.ended, v.dead) = (NEVER, NEVER);
             }
         }
     }

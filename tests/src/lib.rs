@@ -3,6 +3,7 @@
 //! `docs/testing.md` tells what is simulated and how to replay a seed.
 
 pub mod checker;
+pub mod cluster;
 pub mod guest;
 pub mod node;
 pub mod sim;

@@ -27,7 +27,7 @@ const LONG: &[(&str, usize)] = &[
     ("dataplane/src/mirror/chunks.rs", 800),
     ("dataplane/src/mirror/ops.rs", 1150),
     ("dataplane/tests/common/world.rs", 1000),
-    ("tests/src/sim/world.rs", 800),
+    ("tests/src/sim/world.rs", 750),
 ];
 
 /// Paths that a document may name before they are there. To be taken from this list when they are.

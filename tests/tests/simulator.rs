@@ -8,6 +8,7 @@ use std::ops::Range;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use unibody_tests::sim::script::{self, Crash};
 use unibody_tests::sim::{self, Profile, Run};
 
 /// Seeds of the default run.
@@ -195,6 +196,62 @@ fn runs_without_faults_have_no_errors() {
             run.stats
         );
     });
+}
+
+#[test]
+fn a_disk_that_does_not_keep_some_blocks_delays_no_read_and_loses_its_replica() {
+    let (weak, moved) = (AtomicU64::new(0), AtomicU64::new(0));
+    over(0..60, |seed| {
+        let run = sim::guarded(move || sim::run(Profile::weak(seed), false));
+        assert!(run.verdict.is_ok(), "{}", tell(seed, &run).unwrap_or_default());
+        assert_eq!(run.stats.ops_failed, 0, "seed {seed}: {:?}", run.stats);
+        let seen = |what| run.stats.seen.get(what).copied().unwrap_or(0);
+        weak.fetch_add(seen("weak block"), Ordering::Relaxed);
+        moved.fetch_add(u64::from(seen("replicas moved") > 0), Ordering::Relaxed);
+    });
+    println!("{weak:?} weak blocks, replicas moved in {moved:?} runs");
+    assert!(moved.into_inner() >= 20, "few runs met their weak blocks");
+}
+
+/// Seeds of the exhaustive mode: each plays every script with a crash at every point.
+const DRAWS: u64 = 16;
+
+/// `UNIBODY_CRASH=2,5,17,power` (script, seed, point, kill or power) replays one.
+#[test]
+fn every_device_write_of_a_script_may_be_the_last() {
+    if let Ok(text) = std::env::var("UNIBODY_CRASH") {
+        let parts: Vec<&str> = text.split(',').collect();
+        let number = |n: usize| {
+            parts[n]
+                .parse()
+                .expect("UNIBODY_CRASH is script,seed,point,power")
+        };
+        let (seed, at, power) = (number(1), number(2), parts[3] == "power");
+        let (_, script) = script::SCRIPTS[parts[0].parse::<usize>().expect("a script's number")];
+        let crash = Crash { at, power };
+        let (run, _) = script::play(script, seed, Some(crash).filter(|crash| crash.at > 0), true);
+        assert!(run.verdict.is_ok(), "{:?}", run.verdict);
+        return;
+    }
+    let runs = AtomicU64::new(0);
+    let scripts = script::SCRIPTS.len() as u64;
+    let draws = std::env::var("UNIBODY_DRAWS").map_or(DRAWS, |n| n.parse().expect("a number"));
+    over(0..scripts * draws, |n| {
+        let (seed, n) = (n / scripts, n % scripts);
+        let (name, script) = script::SCRIPTS[n as usize];
+        let all = script::exhaust(script, seed);
+        assert!(
+            all.failed.is_none(),
+            "script {n}, {name}, seed {seed}: {:?}",
+            all.failed
+        );
+        runs.fetch_add(all.runs, Ordering::Relaxed);
+    });
+    println!("{runs:?} runs");
+    assert!(
+        runs.into_inner() > 500 * draws,
+        "the scripts make the devices do something"
+    );
 }
 
 #[test]

@@ -385,6 +385,8 @@ impl Node {
                 );
             }
             Event::Attached { .. } => {}
+            // A node by itself asks for no links.
+            Event::Dial { .. } => {}
             Event::NewGeneration(volume) => self.say(
                 volume,
                 "restart the node soon: half of this owner's versions are used",

@@ -30,7 +30,7 @@ pub struct VmSpec {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, rename_all = "kebab-case")]
 pub enum Command {
-    /// A node is part of the cluster. The same node again, with the same store, changes the rest.
+    /// A node joins the cluster. The same node again, with the same store, changes the rest.
     AddNode {
         /// The node.
         node: NodeId,
@@ -43,6 +43,18 @@ pub enum Command {
         addresses: Vec<String>,
         /// Failure domain of its disks, unless they name their own.
         domain: String,
+        /// Bytes of memory for VMs.
+        memory: u64,
+        /// Drawn at each start of its process.
+        #[serde(with = "hex_u128")]
+        incarnation: u128,
+    },
+    /// A node that is part of the cluster has started. One that was removed stays out.
+    NodeUp {
+        /// The node.
+        node: NodeId,
+        /// Where it listens now, `host:port`.
+        addresses: Vec<String>,
         /// Bytes of memory for VMs.
         memory: u64,
         /// Drawn at each start of its process.
@@ -236,6 +248,25 @@ pub enum Command {
     },
     /// Several at once, each with its own answer; one that is refused does not stop the others.
     Batch(Vec<Command>),
+}
+
+impl Command {
+    /// The volume that it is about, if any.
+    pub fn volume(&self) -> Option<&str> {
+        match self {
+            Command::CreateVolume { name, .. }
+            | Command::ResizeVolume { name, .. }
+            | Command::DeleteVolume { name }
+            | Command::Renew { name, .. }
+            | Command::Attach { name, .. }
+            | Command::Release { name, .. }
+            | Command::Revoke { name, .. }
+            | Command::Handover { name, .. }
+            | Command::Propose { name, .. }
+            | Command::Move { name, .. } => Some(name),
+            _ => None,
+        }
+    }
 }
 
 /// What a command did.

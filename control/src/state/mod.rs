@@ -23,6 +23,7 @@ use serde::{Deserialize, Serialize};
 
 pub use command::{Applied, BATCH_MAX, Command, Refused, VmSpec};
 pub use disks::{DISKS_MAX, DiskRecord};
+pub(crate) use ids::hex_u128;
 pub use ids::{Disk, NodeId};
 pub use nodes::{ADDRESSES_MAX, NODES_MAX, Node};
 pub use vms::{DEFINITION_MAX, VM_VOLUMES_MAX, VMS_MAX, Vm};
@@ -88,6 +89,12 @@ impl State {
     pub fn apply(&mut self, command: &Command) -> Result<Applied, Refused> {
         match command {
             Command::AddNode { .. } => self.add_node(command),
+            Command::NodeUp {
+                node,
+                addresses,
+                memory,
+                incarnation,
+            } => self.node_up(*node, addresses, *memory, *incarnation),
             Command::RemoveNode { node } => self.remove_node(*node),
             Command::Drain { node, on } => self.drain(*node, *on),
             Command::AddDisk {

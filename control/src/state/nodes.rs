@@ -106,6 +106,20 @@ impl State {
         Ok(Applied::Done)
     }
 
+    pub(super) fn node_up(
+        &mut self,
+        node: NodeId,
+        addresses: &[String],
+        memory: u64,
+        incarnation: u128,
+    ) -> Result<Applied, Refused> {
+        check_addresses(addresses)?;
+        let record = self.nodes.get_mut(&node).ok_or(Refused::NoNode(node))?;
+        addresses.clone_into(&mut record.addresses);
+        (record.memory, record.incarnation) = (memory, incarnation);
+        Ok(Applied::Done)
+    }
+
     /// Another domain for a node, where its disks follow: no chunk may have two replicas there afterwards.
     fn check_node_domain(&self, node: NodeId, domain: &str) -> Result<(), Refused> {
         let follows = |disk: &Disk| {

@@ -20,9 +20,9 @@ pub const REGIONS_MAX: usize = 64;
 /// Why memory offered by a front end was refused.
 #[derive(Debug, thiserror::Error)]
 pub enum MapError {
-    /// Not a file with a size.
-    #[error("shared memory must be a regular file (memfd, tmpfs or hugetlbfs)")]
-    NotAFile,
+    /// Not memory: touching a page of another file may wait for whoever serves it, for ever.
+    #[error("shared memory must be a file in memory: a memfd, or one on tmpfs or hugetlbfs")]
+    NotMemory,
     /// Offset or length are nonsense.
     #[error("a region of {len} bytes at offset {offset} does not fit into its file of {size} bytes")]
     Range {
@@ -70,9 +70,13 @@ impl Mapping {
     /// # Errors
     /// When the file is no regular file, too short, or can not be mapped for reading and writing.
     pub(crate) fn new(file: &File, offset: u64, len: u64) -> Result<Self, MapError> {
+        let kind = file_system(file)?;
+        if !matches!(kind, TMPFS_MAGIC | HUGETLBFS_MAGIC) {
+            return Err(MapError::NotMemory);
+        }
         let meta = file.metadata()?;
         if !meta.file_type().is_file() {
-            return Err(MapError::NotAFile);
+            return Err(MapError::NotMemory);
         }
         let range = MapError::Range {
             offset,
@@ -87,7 +91,9 @@ impl Mapping {
         }
         // hugetlbfs reports its page size here, and maps only whole pages of it.
         let page = match meta.blksize() {
-            size if size.is_power_of_two() && (4096..=1 << 30).contains(&size) && hugetlb(file) => size,
+            size if size.is_power_of_two() && (4096..=1 << 30).contains(&size) && kind == HUGETLBFS_MAGIC => {
+                size
+            }
             _ => 4096,
         };
         let from = offset / page * page;
@@ -147,12 +153,19 @@ impl Drop for Mapping {
     }
 }
 
-fn hugetlb(file: &File) -> bool {
-    const HUGETLBFS_MAGIC: i64 = 0x9584_58f6;
+/// Memory without a name is on tmpfs too.
+const TMPFS_MAGIC: i64 = 0x0102_1994;
+const HUGETLBFS_MAGIC: i64 = 0x9584_58f6;
+
+/// The kind of file system that a file is on.
+fn file_system(file: &File) -> io::Result<i64> {
     // SAFETY: an all-zero statfs is a valid value of that C structure, and the call fills it for an open descriptor.
     unsafe {
         let mut stat: libc::statfs = std::mem::zeroed();
-        libc::fstatfs(file.as_raw_fd(), &mut stat) == 0 && stat.f_type as i64 == HUGETLBFS_MAGIC
+        if libc::fstatfs(file.as_raw_fd(), &mut stat) != 0 {
+            return Err(io::Error::last_os_error());
+        }
+        Ok(stat.f_type as i64)
     }
 }
 

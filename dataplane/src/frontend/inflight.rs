@@ -4,7 +4,7 @@
 //! requests that were taken from the available ring and not yet returned.
 //!
 //! Layout: for each queue 16 bytes and 16 per descriptor as in the specification, rounded up to 64; behind them 64 bytes
-//! of ours, which name the volume's instance. A region that belongs to another instance (a memory disk that lost its
+//! of ours, which name the volume's instance and remember a guest's choice of write-through. A region that belongs to another instance (a memory disk that lost its
 //! contents, another volume) must not be resumed: the guest would not notice that its writes are gone.
 //!
 //! The other side can write here at any time: nothing read decides more than which heads of its own are done again.
@@ -113,6 +113,17 @@ impl Region {
 
     pub(crate) fn size(&self) -> u16 {
         self.size
+    }
+
+    /// The guest does not flush.
+    pub(crate) fn write_through(&self) -> bool {
+        self.u8_at(self.trailer() + 32).load(Ordering::Acquire) != 0
+    }
+
+    /// Remembers for a later process whether the guest flushes.
+    pub(crate) fn set_write_through(&self, on: bool) {
+        self.u8_at(self.trailer() + 32)
+            .store(u8::from(on), Ordering::Release);
     }
 
     fn trailer(&self) -> usize {

@@ -69,6 +69,9 @@ pub struct Queue {
     outstanding: u32,
     event_idx: bool,
     armed: bool,
+    /// The driver is called at the next publish in any case: whoever had the queue before may have died between showing it
+    /// answers and calling it, and with EVENT_IDX a call that was left out is never made up for.
+    call_owed: bool,
     broken: bool,
     /// All requests fail: memory was truncated or the log is of another instance.
     failed: bool,
@@ -130,6 +133,7 @@ impl Queue {
             outstanding: 0,
             event_idx,
             armed: true,
+            call_owed: true,
             broken: false,
             failed,
             poisonings_seen: sigbus::poisonings().wrapping_sub(1),
@@ -266,6 +270,10 @@ impl Queue {
     /// `head` must be one given out by [`Queue::poll`] and not completed since.
     #[inline]
     pub fn complete(&mut self, head: u16, completion: Completion) {
+        // What was copied to or from a page that is gone is not what the guest meant.
+        if self.poisonings_seen != sigbus::poisonings() {
+            self.look_for_poison();
+        }
         let (status, written) = match completion {
             Completion::Ok if !self.failed => (OK, self.slots.get(head).written),
             Completion::Ok | Completion::IoErr => (IOERR, 0),
@@ -298,9 +306,10 @@ impl Queue {
     /// stays open as long as the queue.
     #[inline]
     pub fn publish(&mut self) -> Option<RawFd> {
-        if self.batch.is_empty() {
+        if self.batch.is_empty() && !self.call_owed {
             return None;
         }
+        let owed = std::mem::take(&mut self.call_owed);
         let old = self.published;
         crash_point();
         self.ring.set_used_idx(self.next_used);
@@ -319,13 +328,19 @@ impl Queue {
         let call = self.call.as_ref()?;
         // The driver enables calls and then looks at the index; we store the index and then look whether it wants calls.
         fence(Ordering::SeqCst);
-        let wanted = if self.event_idx {
-            let event = self.ring.used_event();
-            self.published.wrapping_sub(event).wrapping_sub(1) < self.published.wrapping_sub(old)
-        } else {
-            !self.ring.no_interrupt()
-        };
+        let wanted = owed
+            || if self.event_idx {
+                let event = self.ring.used_event();
+                self.published.wrapping_sub(event).wrapping_sub(1) < self.published.wrapping_sub(old)
+            } else {
+                !self.ring.no_interrupt()
+            };
         wanted.then(|| call.as_raw_fd())
+    }
+
+    /// The call that [`Queue::publish`] asked for could not be made, or another one is due: the next publish asks again.
+    pub fn owe_call(&mut self) {
+        self.call_owed = true;
     }
 
     /// Asks the driver for kicks, before going to sleep. True if there is work already: do not sleep then, but
@@ -365,6 +380,15 @@ impl Queue {
         if self.event_idx && !self.armed && self.next_avail.wrapping_sub(self.parked_at) > PARK_AGAIN {
             self.park();
         }
+    }
+
+    /// Memory of the device was truncated under it: what was read from it means nothing.
+    #[inline]
+    pub fn poisoned(&mut self) -> bool {
+        if self.poisonings_seen != sigbus::poisonings() {
+            self.look_for_poison();
+        }
+        self.failed
     }
 
     #[cold]

@@ -216,12 +216,11 @@ impl Session {
 
     /// Swaps the memory table at a moment when nothing is in flight. Queues whose rings are gone stay stopped.
     fn swap_memory(&mut self, memory: MemoryTable) {
-        let running: Vec<usize> = (0..self.vrings.len())
-            .filter(|&i| self.vrings[i].running)
-            .collect();
         self.stop_all();
         self.memory = Arc::new(memory);
-        for index in running {
+        // All of them, also those whose rings were gone before: a front end may take a region away and give it back in two
+        // messages, and says nothing more about the queues.
+        for index in 0..self.vrings.len() {
             // Refusals are reported; the front end may give the queue new rings.
             let _ = self.start(index);
         }
@@ -245,8 +244,9 @@ impl Session {
         self.vrings.fill_with(Vring::default);
         self.log = None;
         self.features = 0;
-        self.shared.set_write_back(true);
-        self.shared.set_write_through(false);
+        // The cache mode stays: a front end may reset the device and still show the guest the mode that it chose. Who is
+        // not told to flush must find each write durable; the other way round costs only time.
+        self.update_write_through();
     }
 
     fn update_write_through(&self) {
@@ -444,6 +444,9 @@ impl VhostUserBackendReqHandlerMut for Session {
             return Err(self.refuse("only the cache mode (0 or 1) of the configuration can be changed"));
         }
         self.shared.set_write_back(wce == 1);
+        if let Some(log) = &self.log {
+            log.set_write_through(wce == 0);
+        }
         self.update_write_through();
         Ok(())
     }
@@ -487,6 +490,13 @@ impl VhostUserBackendReqHandlerMut for Session {
                 "the guest was attached to another instance of this volume, whose contents are gone: \
                  all its requests fail until it is restarted",
             );
+        }
+        if region.resumed() == Resumed::Fresh {
+            region.set_write_through(!self.shared.write_back());
+        } else if region.write_through() {
+            // The guest was told that it need not flush, by a process that is gone, and nobody says it again.
+            self.shared.set_write_back(false);
+            self.update_write_through();
         }
         self.log = Some(Arc::new(region));
         Ok(())

@@ -1,9 +1,9 @@
 //! Survives a front end that truncates the file behind memory it shared with us.
 //!
 //! Touching a page that is gone raises SIGBUS, which would end the process and with it every other device. The handler
-//! installed here looks the address up in a lock-free table of shared mappings; if it is one of them, the hole is
-//! covered with private zero pages and the mapping is marked poisoned: its device fails from then on, nobody else
-//! notices. Any other SIGBUS goes to whoever handled it before.
+//! installed here looks the address up in a lock-free table of shared mappings; if it is one of them, all of that mapping
+//! is covered with private zero pages, so that it can not fault again, and is marked poisoned: its device fails from then
+//! on, nobody else notices. Any other SIGBUS goes to whoever handled it before.
 //!
 //! Invariants: the handler only loads and stores atomics and calls mmap and sigaction (plain system calls here); a slot's
 //! range is registered before its memory is first touched and removed before it is unmapped.
@@ -14,9 +14,6 @@ use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicU32, AtomicUsize, Ordering}
 
 /// Most shared mappings of this process: memory regions and in-flight regions of all devices.
 pub const MAPPINGS_MAX: usize = 32_768;
-
-/// Most bytes covered by one fault: a truncated tail costs one fault per this many bytes, and each stays short.
-const PATCH_BYTES: usize = 64 << 20;
 
 struct Slot {
     /// Zero: free. One: being filled.
@@ -67,8 +64,8 @@ impl Guard {
             {
                 slot.poisoned.store(false, Ordering::Relaxed);
                 slot.page.store(page, Ordering::Relaxed);
-                slot.end.store(start + len, Ordering::Relaxed);
                 slot.start.store(start, Ordering::Release);
+                slot.end.store(start + len, Ordering::Release);
                 SLOTS_USED.fetch_max(i + 1, Ordering::AcqRel);
                 return Ok(Guard(i));
             }
@@ -80,6 +77,8 @@ impl Guard {
 
     /// Forgets the range. Called once, before it is unmapped: afterwards the addresses may be somebody else's.
     pub(crate) fn release(&mut self) {
+        // The end first: a handler that looks at the slot now finds an empty range, also if the slot is taken anew meanwhile.
+        SLOTS[self.0].end.store(0, Ordering::Release);
         SLOTS[self.0].start.store(0, Ordering::Release);
     }
 
@@ -135,29 +134,38 @@ extern "C" fn on_sigbus(_signal: libc::c_int, info: *mut libc::siginfo_t, _conte
 /// Covers the hole at `address` if it lies in a registered mapping.
 fn cover(address: usize) -> bool {
     for slot in &SLOTS[..SLOTS_USED.load(Ordering::Acquire)] {
+        let end = slot.end.load(Ordering::Acquire);
         let start = slot.start.load(Ordering::Acquire);
-        let end = slot.end.load(Ordering::Relaxed);
-        if start <= 1 || address < start || address >= end {
+        let page = slot.page.load(Ordering::Relaxed);
+        // Filled in this order, emptied in the other: an end that is still the same belongs to this start.
+        if start <= 1 || address < start || address >= end || slot.end.load(Ordering::Acquire) != end {
             continue;
         }
-        let page = slot.page.load(Ordering::Relaxed);
-        let from = address / page * page;
-        let len = (end - from).min(PATCH_BYTES.max(page));
         slot.poisoned.store(true, Ordering::Release);
         POISONINGS.fetch_add(1, Ordering::AcqRel);
         // SAFETY: the range lies in a mapping that stays mapped while it is registered, and whoever owns it touches it
         // only through raw pointers and atomics, which tolerate that its contents change.
-        let patched = unsafe {
-            libc::mmap(
-                from as *mut libc::c_void,
-                len,
-                libc::PROT_READ | libc::PROT_WRITE,
-                libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE | libc::MAP_FIXED,
-                -1,
-                0,
-            )
-        };
-        return patched != libc::MAP_FAILED;
+        // One mapping in the place of one: however often the file is truncated, no more of them are used up.
+        return unsafe { patch(start, end - start) || patch(address / page * page, page) };
     }
     false
+}
+
+/// Puts private zero pages over a range.
+///
+/// # Safety
+/// The range is part of a registered mapping.
+unsafe fn patch(from: usize, len: usize) -> bool {
+    // SAFETY: the caller's obligation: the range is ours to map over.
+    let patched = unsafe {
+        libc::mmap(
+            from as *mut libc::c_void,
+            len,
+            libc::PROT_READ | libc::PROT_WRITE,
+            libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE | libc::MAP_FIXED,
+            -1,
+            0,
+        )
+    };
+    patched != libc::MAP_FAILED
 }

@@ -31,6 +31,25 @@ pub(super) enum Lost {
     Data,
     /// It has to become stale: no room.
     NoSpace,
+    /// It has to become stale: what is written to it does not stay.
+    Rotten,
+}
+
+impl Lost {
+    /// The replica belongs on another disk.
+    pub(super) fn elsewhere(self) -> bool {
+        matches!(self, Lost::NoSpace | Lost::Rotten)
+    }
+}
+
+/// The bad block of a replica that was written anew last.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) struct Mended {
+    pub(super) extent: u16,
+    pub(super) block: u8,
+    /// How often in a row.
+    pub(super) times: u8,
+    pub(super) at: u64,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -59,6 +78,9 @@ pub(super) struct Slot {
     present: bool,
     doubtful: u64,
     counted: bool,
+    pub(super) mended: Mended,
+    /// It was dropped as rotten: no copy to it is believed unread.
+    pub(super) rotten: bool,
 }
 
 impl Default for Slot {
@@ -82,6 +104,8 @@ impl Default for Slot {
             present: false,
             doubtful: 0,
             counted: false,
+            mended: Mended::default(),
+            rotten: false,
         }
     }
 }
@@ -133,11 +157,13 @@ impl Chunk {
             while left != 0 {
                 let slot = left.trailing_zeros();
                 left &= left - 1;
-                if self.slots[slot as usize].clean >> region & 1 != 0 || planted::on(Bug::WriteUncleanRegion)
-                {
+                if self.slots[slot as usize].clean >> region & 1 != 0 {
                     need |= 1 << slot;
                 }
             }
+        }
+        if planted::on(Bug::PendingPromotionForgotten) {
+            need &= !self.pending;
         }
         (need, need & !self.lost)
     }
@@ -337,14 +363,14 @@ impl Mirror {
         match (old, new.state) {
             (SlotState::Rebuilding, SlotState::InSync) => {
                 // It was lost while its promotion was undecided, or it is trusted.
-                (slot.boot, slot.power) = (new.boot, new.power);
+                (slot.boot, slot.power, slot.rotten) = (new.boot, new.power, false);
                 (slot.active, slot.clean, slot.flush_want) = (false, 0, None);
             }
             (SlotState::Stale, SlotState::InSync) => {
                 slot.lost = Lost::Data;
             }
             (_, SlotState::Stale | SlotState::Rebuilding) if old != new.state => {
-                if new.state == SlotState::Stale && slot.lost == Lost::NoSpace {
+                if new.state == SlotState::Stale && slot.lost.elsewhere() {
                     slot.not_before = self.now + 60_000;
                 }
                 slot.lost = Lost::No;
@@ -420,10 +446,11 @@ impl Mirror {
     }
 
     /// Single replicas are lost, their disks are not.
-    pub(super) fn lose_slots(&mut self, c: u32, slots: u8, no_space: bool) {
+    pub(super) fn lose_slots(&mut self, c: u32, slots: u8, why: Lost) {
         for (i, slot) in self.chunks[c as usize].slots.iter_mut().enumerate() {
             if slots >> i & 1 != 0 && slot.used {
-                slot.lost = if no_space { Lost::NoSpace } else { Lost::Data };
+                slot.lost = why;
+                slot.rotten |= why == Lost::Rotten;
                 (slot.active, slot.clean, slot.flush_want) = (false, 0, None);
             }
         }
@@ -511,7 +538,11 @@ impl Mirror {
         let mut changed = false;
         for (i, slot) in chunk.slots.iter_mut().enumerate() {
             let bit = 1u8 << i;
-            if chunk.in_sync & bit == 0 || slot.lost != Lost::Disk {
+            // One without room has every acknowledged write, since nothing is acknowledged before it is dropped. When no
+            // other is left it goes on.
+            let counts =
+                slot.lost == Lost::Disk || slot.lost == Lost::NoSpace && trusted == 0 && slot.present;
+            if chunk.in_sync & bit == 0 || !counts {
                 continue;
             }
             let disk = &self.disks[usize::from(slot.disk)];

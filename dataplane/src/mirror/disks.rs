@@ -10,6 +10,7 @@ use crate::ids::{BootId, DiskUuid, PowerId, Version};
 use crate::planted::{self, Bug};
 use crate::replica::{Reply, Request, Sealed, Status};
 
+use super::chunks::Lost;
 use super::slab::NIL;
 use super::sync::Step;
 use super::{DiskIndex, Effect, Mirror, OpError, Phase, RequestId};
@@ -298,8 +299,8 @@ impl Mirror {
                 let disk = usize::from(there.disk);
                 self.lose_disk(disk, out);
             }
-            Status::NoChunk | Status::Invalid => self.lose_slots(c, 1 << slot, false),
-            Status::NoSpace => self.lose_slots(c, 1 << slot, true),
+            Status::NoChunk | Status::Invalid => self.lose_slots(c, 1 << slot, Lost::Data),
+            Status::NoSpace => self.lose_slots(c, 1 << slot, Lost::NoSpace),
         }
     }
 

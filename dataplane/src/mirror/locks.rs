@@ -153,8 +153,9 @@ impl Mirror {
         let held = self.is_held(chunk, region as u8);
         let entry = self.table.slots[i];
         let free = !held
-            && !conflicts(entry.writes, entry.reads, kind, mask)
-            && (entry.wait_head == NIL || !self.conflicts_waiting(entry.wait_head, kind, mask));
+            && (!conflicts(entry.writes, entry.reads, kind, mask)
+                && (entry.wait_head == NIL || !self.conflicts_waiting(entry.wait_head, kind, mask))
+                || planted::on(Bug::EdgesWithoutLock) && self.pieces[p].has_edges());
         if free {
             self.hold_blocks(i, p, mask);
             return;
@@ -243,7 +244,7 @@ impl Mirror {
         self.table.slots[i].reads = reads;
         let region = usize::from(extent) / EXTENTS_PER_REGION;
         if self.chunks[chunk as usize].locked >> region & 1 != 0 {
-            self.region_left(chunk, region as u8);
+            self.tasks_due = true;
         }
         self.wake(chunk, extent);
     }
@@ -349,7 +350,7 @@ impl Mirror {
         }
         let region = usize::from(extent) / EXTENTS_PER_REGION;
         if self.chunks[chunk as usize].locked >> region & 1 != 0 {
-            self.region_left(chunk, region as u8);
+            self.tasks_due = true;
         }
     }
 

@@ -13,6 +13,7 @@ use crate::memory::{Arena, Payload};
 use crate::planted::{self, Bug};
 use crate::replica::{ChunkRef, Crcs, Reply, Request, Span, Status};
 
+use super::chunks::Lost;
 use super::disks::{Pending, Purpose};
 use super::slab::NIL;
 use super::{DiskIndex, Effect, Mirror, OpError, OpId, OpKind, Phase, WINDOW};
@@ -94,6 +95,13 @@ pub(super) struct Piece {
     pub(super) next: u32,
     older: u32,
     newer: u32,
+}
+
+impl Piece {
+    /// A write that covers a block in part.
+    pub(super) fn has_edges(&self) -> bool {
+        self.edges != 0
+    }
 }
 
 impl Default for Piece {
@@ -311,9 +319,6 @@ impl Mirror {
                 let (at, n) = (usize::from(place.first), usize::from(place.count));
                 piece.crcs[at..at + n].copy_from_slice(&crcs[from..from + n]);
             }
-            if edges != 0 && planted::on(Bug::EdgesWithoutLock) {
-                self.run(p, &mut Vec::new());
-            }
             self.enter(p);
         }
     }
@@ -432,7 +437,8 @@ impl Mirror {
         }
         let (c, region) = self.place(p);
         let (required, _) = self.chunks[c as usize].targets(region);
-        let (lost, in_sync) = (self.chunks[c as usize].lost, self.chunks[c as usize].in_sync);
+        let chunk = &self.chunks[c as usize];
+        let (lost, in_sync, pending) = (chunk.lost, chunk.in_sync, chunk.pending);
         let piece = &mut self.pieces[p];
         piece.need &= required;
         if planted::on(Bug::AckAtFirst) && piece.acked & in_sync != 0 {
@@ -458,24 +464,28 @@ impl Mirror {
         }
         let refused = piece.no_space & piece.need;
         if refused != 0 && piece.need & !refused & lost == 0 {
-            if piece.acked & in_sync == 0 {
-                if piece.need == refused && piece.acked == 0 {
-                    // Nobody has room and nothing was changed.
-                    return self.finish(p, Some(OpError::NoSpace), out);
-                }
-                // Only a rebuilding replica took it: what it has there is copied again.
-                if piece.need == refused {
-                    let acked = piece.acked;
-                    self.chunks[c as usize].unclean(acked, region);
-                    self.look_region(c, region);
-                    self.wish = true;
-                    return self.finish(p, Some(OpError::NoSpace), out);
-                }
-            } else {
-                if refused & !lost != 0 {
-                    self.lose_slots(c, refused & !lost, true);
+            // A replica whose promotion is undecided counts as in sync: it may be already.
+            let have = piece.acked & (in_sync | pending);
+            if have != 0 {
+                // Who has no room is given up for one that has the write and is in sync. While that one is lost or
+                // undecided, the control state may yet drop it instead.
+                let (holds, fulls) = (have & in_sync & !lost, refused & !lost);
+                if holds != 0 && fulls != 0 {
+                    self.lose_slots(c, fulls, Lost::NoSpace);
                 }
                 return;
+            }
+            if piece.need == refused {
+                // Nobody who counts has room, and nobody who counts was changed. What a rebuilding replica took is
+                // copied again.
+                let acked = piece.acked;
+                if acked != 0 {
+                    self.chunks[c as usize].unclean(acked, region);
+                    self.queue_work(c);
+                    self.look_region(c, region);
+                    self.wish = true;
+                }
+                return self.finish(p, Some(OpError::NoSpace), out);
             }
         }
         let missing = piece.need & !lost & !piece.no_space;

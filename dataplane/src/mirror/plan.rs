@@ -50,6 +50,8 @@ pub(super) struct Plan {
     pub(super) lost: BlockMask,
     /// Per replica: the blocks to send, if it has to change.
     pub(super) install: [Option<BlockMask>; VIEWS_MAX],
+    /// Replicas whose record is right already: only bad data is written anew.
+    pub(super) mends: u8,
 }
 
 fn empty(image: &ExtentImage) -> bool {
@@ -97,13 +99,7 @@ fn plan_as(views: &[View<'_>], adopt: bool, record_lost: bool) -> Option<Plan> {
     let order = &mut order[..n];
     order.sort_by_key(|&i| {
         let view = &views[usize::from(i)];
-        let version = view.digest.image.version.0;
-        let newest = if planted::on(Bug::ReconcileTakesOldest) {
-            version
-        } else {
-            !version
-        };
-        (view.suspect, newest, i)
+        (view.suspect, !view.digest.image.version.0, i)
     });
     let winner = usize::from(*order.first()?);
     let base = views[winner].digest;
@@ -165,6 +161,7 @@ fn plan_as(views: &[View<'_>], adopt: bool, record_lost: bool) -> Option<Plan> {
         let forgotten = planted::on(Bug::RebuildForgetsTrims) && !view.in_sync && empty(&plan.image);
         if (plan.changed || !same(there, &plan.image) || write != 0) && !forgotten {
             plan.install[i] = Some(write);
+            plan.mends |= u8::from(!plan.changed && same(there, &plan.image)) << i;
         }
     }
     Some(plan)
@@ -269,7 +266,7 @@ mod tests {
         let (a, b) = (digest(7, &[(0, 1), (1, 2)]), digest(9, &[(0, 1), (1, 3)]));
         let plan = plan_of(&[(&a, true), (&b, true)], false);
         assert_eq!((plan.image, plan.changed), (b.image, false));
-        assert_eq!(plan.install[..2], [Some(2), None]);
+        assert_eq!((plan.install[0], plan.install[1], plan.mends), (Some(2), None, 0));
         assert_eq!(plan.source[1], Source::Good(1));
     }
 
@@ -287,7 +284,7 @@ mod tests {
         let b = digest(9, &[(0, 1)]);
         let plan = plan_of(&[(&a, true), (&b, true)], true);
         assert_eq!((plan.source[0], plan.changed), (Source::Good(1), false));
-        assert_eq!(plan.install[..2], [Some(1), None]);
+        assert_eq!((plan.install[0], plan.install[1], plan.mends), (Some(1), None, 1));
     }
 
     #[test]

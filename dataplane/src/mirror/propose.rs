@@ -58,10 +58,6 @@ impl Mirror {
                     chunks.push(c as u32);
                     if wish == Wish::Promote {
                         self.chunks[c].slots[i].pending = true;
-                        if planted::on(Bug::PendingPromotionForgotten) {
-                            let slot = &mut self.chunks[c].slots[i];
-                            (slot.pending, slot.clean, slot.active) = (false, 0, false);
-                        }
                         self.refresh(c as u32);
                     }
                 }
@@ -101,7 +97,7 @@ impl Mirror {
         }
         let disk = &self.disks[usize::from(slot.disk)];
         let trusted = chunk.in_sync & !chunk.lost;
-        let no_space = slot.lost == Lost::NoSpace;
+        let no_space = slot.lost.elsewhere();
         match slot.state {
             SlotState::InSync if slot.lost != Lost::No => {
                 (trusted != 0 && !slot.refused).then_some(Wish::Stale { no_space })
@@ -114,7 +110,9 @@ impl Mirror {
                 if slot.recorded == BootId::default() && !chunk.ready {
                     return self.all_present(c).then_some(Wish::First);
                 }
-                (chunk.ready && chunk.unsettled == 0 && chunk.in_sync & chunk.lost == 0)
+                // Not before it was said that power was lost: the next owner could not tell any more.
+                let said = self.phase == Phase::Serving;
+                (said && chunk.ready && chunk.unsettled == 0 && chunk.in_sync & chunk.lost == 0)
                     .then_some(Wish::Renew)
             }
             SlotState::InSync => None,

@@ -9,13 +9,17 @@
 //! rebuilding replica is done and the disk was flushed, the replica is equal, flushed, and had every write since.
 //!
 //! A member that fails ends the task; the region is done again with those that remain. What was half installed on
-//! in-sync replicas leaves the region unsettled.
+//! in-sync replicas leaves the region unsettled; writing bad data anew under a record that was right already does not.
+//!
+//! A block that is bad again after it was written anew twice will be bad for ever: its replica is given up, if another
+//! one is in sync, and else left as it is. Either way the region is free for those who read it elsewhere.
 
 use crate::ids::{BLOCK, BLOCKS_PER_EXTENT, BlockMask, EXTENTS_PER_REGION};
 use crate::memory::Arena;
 use crate::planted::{self, Bug};
 use crate::replica::{ExtentDigest, Reply, Request, Span, Status};
 
+use super::chunks::{Lost, Mended};
 use super::disks::{Pending, Purpose};
 use super::plan::{Plan, Source, VIEWS_MAX, View, plan};
 use super::{Effect, Mirror, Phase};
@@ -24,6 +28,10 @@ use super::{Effect, Mirror, Phase};
 const PASSES_MAX: u8 = 5;
 /// How long a region that can not be made equal is put off.
 const PAUSE_MS: u64 = 500;
+/// How often a block is written anew before its replica is given up.
+const MENDS_MAX: u8 = 2;
+/// A block that stayed good for so long after it was written anew is bad for another reason.
+const MENDED_MS: u64 = 60_000;
 
 /// What a task's request was.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -76,6 +84,10 @@ pub(super) struct Task {
     /// A read did not give what its digest promised: look again, thoroughly.
     surprised: bool,
     installed: bool,
+    /// Bad data of an in-sync replica was written anew.
+    mended: bool,
+    /// Per slot: the first bad block that this pass writes anew.
+    mending: [Option<(u16, u8)>; VIEWS_MAX],
     in_doubt: u8,
     digests: [Option<Box<[ExtentDigest; EXTENTS_PER_REGION]>>; VIEWS_MAX],
     plans: Vec<Plan>,
@@ -107,11 +119,6 @@ impl Mirror {
         }
     }
 
-    /// The last piece in a locked region may have left.
-    pub(super) fn region_left(&mut self, _c: u32, _region: u8) {
-        self.tasks_due = true;
-    }
-
     pub(super) fn sync_idle_work(&self) -> bool {
         self.tasks_due || !self.first.is_empty() || !self.work.is_empty()
     }
@@ -141,7 +148,10 @@ impl Mirror {
 
     fn may_sync(&self, c: u32) -> bool {
         let chunk = &self.chunks[c as usize];
-        chunk.ready && chunk.in_sync != 0 && chunk.in_sync & chunk.lost == 0 && chunk.pause_until <= self.now
+        // One that may be in sync by now, its promotion undecided, must not miss the comparison either: it would be
+        // trusted later as it is.
+        let required = chunk.in_sync | chunk.pending;
+        chunk.ready && chunk.in_sync != 0 && required & chunk.lost == 0 && chunk.pause_until <= self.now
     }
 
     fn pick(&mut self) -> Option<(u32, u8, bool)> {
@@ -211,9 +221,11 @@ impl Mirror {
         }
         let chunk = &self.chunks[c as usize];
         let (in_sync, active) = (chunk.in_sync, chunk.active & !chunk.lost);
+        let rotten = slots(active).any(|slot| chunk.slots[usize::from(slot)].rotten);
         let task = &mut self.tasks[t];
         task.stage = Stage::Digesting;
         task.passes += 1;
+        task.verify |= rotten;
         (task.in_sync, task.members) = (in_sync, in_sync | active);
         (task.surprised, task.in_doubt) = (false, 0);
         task.digests = Default::default();
@@ -314,6 +326,8 @@ impl Mirror {
             Stage::Copying => {
                 if self.tasks[t].surprised {
                     self.tasks[t].verify = true;
+                } else {
+                    self.count_mends(t);
                 }
                 self.begin_digests(t, out);
             }
@@ -369,11 +383,12 @@ impl Mirror {
                 std::array::from_fn(|i| views[i].or(views[0]).expect("a member"));
             let mut planned = plan(&views[..n], adopt).expect("an in-sync member");
             // From places among the views to slots.
-            let mut install = [None; VIEWS_MAX];
-            for (&slot, blocks) in views_at[..n].iter().zip(planned.install) {
+            let (mut install, mut mends) = ([None; VIEWS_MAX], 0);
+            for (i, (&slot, blocks)) in views_at[..n].iter().zip(planned.install).enumerate() {
                 install[usize::from(slot)] = blocks;
+                mends |= (planned.mends >> i & 1) << slot;
             }
-            planned.install = install;
+            (planned.install, planned.mends) = (install, mends);
             for source in &mut planned.source {
                 *source = match *source {
                     Source::None => Source::None,
@@ -383,6 +398,10 @@ impl Mirror {
             }
             task.plans.push(planned);
         }
+        if self.give_up_rotten(t) {
+            return self.give_up(t, out);
+        }
+        let task = &mut self.tasks[t];
         if task
             .plans
             .iter()
@@ -398,6 +417,62 @@ impl Mirror {
         task.stage = Stage::Copying;
         for e in 0..EXTENTS_PER_REGION {
             self.copy_extent(t, e, out);
+        }
+    }
+
+    /// Looks for replicas that do not keep what is written to them. True: one was given up, and the task with it.
+    fn give_up_rotten(&mut self, t: usize) -> bool {
+        let now = self.now;
+        let task = &mut self.tasks[t];
+        let (c, region, in_sync) = (task.chunk, task.region, task.in_sync);
+        task.mending = [None; VIEWS_MAX];
+        for slot in slots(task.members) {
+            let first = task.plans.iter().enumerate().find_map(|(e, plan)| {
+                let blocks = plan.install[usize::from(slot)].filter(|_| plan.mends >> slot & 1 != 0)?;
+                let extent = u16::from(region) * EXTENTS_PER_REGION as u16 + e as u16;
+                Some((extent, blocks.trailing_zeros() as u8))
+            });
+            let Some((extent, block)) = first else { continue };
+            task.mending[usize::from(slot)] = Some((extent, block));
+            let mended = &self.chunks[c as usize].slots[usize::from(slot)].mended;
+            let again = (mended.extent, mended.block) == (extent, block)
+                && mended.times >= MENDS_MAX
+                && now.saturating_sub(mended.at) < MENDED_MS;
+            if !again {
+                continue;
+            }
+            if in_sync & !(1 << slot) != 0 {
+                self.lose_slots(c, 1 << slot, Lost::Rotten);
+                return true;
+            }
+            // Nobody can take its place yet: whoever has the block is read.
+            for plan in &mut task.plans {
+                if plan.mends >> slot & 1 != 0 {
+                    plan.install[usize::from(slot)] = None;
+                }
+            }
+            task.mending[usize::from(slot)] = None;
+        }
+        false
+    }
+
+    /// What a pass had to write anew is written.
+    fn count_mends(&mut self, t: usize) {
+        let (c, now) = (self.tasks[t].chunk, self.now);
+        for slot in slots(self.tasks[t].members) {
+            let Some((extent, block)) = self.tasks[t].mending[usize::from(slot)] else {
+                continue;
+            };
+            let mended = &mut self.chunks[c as usize].slots[usize::from(slot)].mended;
+            let again =
+                (mended.extent, mended.block) == (extent, block) && now.saturating_sub(mended.at) < MENDED_MS;
+            let times = if again { mended.times.saturating_add(1) } else { 1 };
+            *mended = Mended {
+                extent,
+                block,
+                times,
+                at: now,
+            };
         }
     }
 
@@ -501,7 +576,12 @@ impl Mirror {
         for (slot, write) in plan.install.iter().enumerate() {
             let Some(write) = *write else { continue };
             let slot = slot as u8;
-            self.tasks[t].installed |= self.tasks[t].in_sync >> slot & 1 != 0;
+            let (in_sync, mends) = (
+                self.tasks[t].in_sync >> slot & 1 != 0,
+                plan.mends >> slot & 1 != 0,
+            );
+            self.tasks[t].installed |= in_sync && !mends;
+            self.tasks[t].mended |= in_sync && mends;
             self.counts.bytes_synced += u64::from(write.count_ones()) * BLOCK as u64;
             let request = Request::Install {
                 chunk: self.chunk_ref(c, slot),
@@ -518,7 +598,7 @@ impl Mirror {
     fn finish_region(&mut self, t: usize, out: &mut Vec<Effect>) {
         let task = &self.tasks[t];
         let (c, members) = (task.chunk, task.members);
-        if task.in_doubt == 0 && !task.installed {
+        if task.in_doubt == 0 && !task.installed && !task.mended {
             return self.equal(t, out);
         }
         self.tasks[t].stage = Stage::Flushing;

@@ -29,6 +29,8 @@ pub enum Kind {
     Connection = 4,
     /// Anything else the loop has a use for.
     Other = 5,
+    /// A call to the driver of a device queue.
+    Call = 6,
 }
 
 /// Routes a completion: `owner` is one of its kind (24 bits), `index` means something to that owner.
@@ -64,6 +66,7 @@ impl Tag {
             3 => Kind::Wake,
             4 => Kind::Connection,
             5 => Kind::Other,
+            6 => Kind::Call,
             _ => Kind::Nobody,
         };
         Tag {
@@ -336,6 +339,30 @@ impl Ring {
             .build()
             .flags(squeue::Flags::SKIP_SUCCESS);
         // SAFETY: the eight bytes are static and only read; the descriptor is the caller's obligation.
+        unsafe { self.push(entry, Tag::NOBODY) }
+    }
+
+    /// As [`Ring::notify`], but its end is reported with `tag`: for descriptors that may block the write for ever.
+    ///
+    /// # Errors
+    /// [`RingFull`].
+    ///
+    /// # Safety
+    /// `fd` stays open until the completion.
+    #[inline]
+    pub unsafe fn notify_as(&mut self, fd: RawFd, tag: Tag) -> Result<(), RingFull> {
+        let entry = opcode::Write::new(types::Fd(fd), (&raw const ONE).cast(), 8).build();
+        // SAFETY: the eight bytes are static and only read; the descriptor is the caller's obligation.
+        unsafe { self.push(entry, tag) }
+    }
+
+    /// Ends a request early, if it can be. Its completion comes in any case.
+    ///
+    /// # Errors
+    /// [`RingFull`].
+    pub fn cancel(&mut self, tag: Tag) -> Result<(), RingFull> {
+        let entry = opcode::AsyncCancel::new(tag.pack()).build();
+        // SAFETY: neither memory nor a descriptor is named.
         unsafe { self.push(entry, Tag::NOBODY) }
     }
 

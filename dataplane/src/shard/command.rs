@@ -7,7 +7,7 @@ use crate::mirror::{Limits, Mirror, Phase};
 use crate::plane::{Command, DiskIndex, DiskService, DiskUp, Event, ShardStatus, VolumeIndex};
 
 use super::ops::Names;
-use super::{Home, Served, Shard, Volume};
+use super::{Home, Route, Served, Shard, Volume};
 
 /// Requests of one volume in hand.
 const VOLUME_OPS: u32 = 256;
@@ -70,6 +70,12 @@ impl Shard {
                 // It may be quiet already.
                 self.publish_queues();
             }
+            Command::Ask(node, reply) => {
+                reply.send(self.add_asker(node)).ok();
+            }
+            Command::Dialed(fd, peer) => self.dialed(fd, peer),
+            Command::Accepted(fd, peer, reactor) => self.accepted(fd, peer, reactor),
+            Command::ForgetNode(node) => self.forget_node(node),
             Command::Status(reply) => {
                 reply.send(self.status()).ok();
             }
@@ -108,8 +114,20 @@ impl Shard {
 
     fn disk_up(&mut self, up: DiskUp) {
         self.disks[usize::from(up.index.0)] = Some(up);
+        self.offer_disk(up.index, Some(&up));
         for position in 0..self.present.len() {
             self.connect(self.present[position]);
+        }
+    }
+
+    /// Looks again for the disks that volumes have no way to.
+    pub(super) fn connect_lost(&mut self) {
+        for position in 0..self.present.len() {
+            let index = self.present[position];
+            let lost = |volume: &Volume| volume.routes.iter().any(Option::is_none);
+            if self.volumes[usize::from(index.0)].as_deref().is_some_and(lost) {
+                self.connect(index);
+            }
         }
     }
 
@@ -117,11 +135,12 @@ impl Shard {
         let Some(up) = self.disks[usize::from(disk.0)].take() else {
             return;
         };
+        self.offer_disk(disk, None);
         for position in 0..self.present.len() {
             let index = self.present[position];
             if let Some(volume) = &mut self.volumes[usize::from(index.0)] {
                 for route in &mut volume.routes {
-                    if *route == Some(disk) {
+                    if *route == Some(Route::Near(disk)) {
                         *route = None;
                     }
                 }
@@ -130,8 +149,8 @@ impl Shard {
         }
     }
 
-    /// Makes the disks of a volume's table known to it, as far as they are up.
-    fn connect(&mut self, index: VolumeIndex) {
+    /// Makes the disks of a volume's table known to it, as far as they are up, here or at the other end of a link.
+    pub(super) fn connect(&mut self, index: VolumeIndex) {
         let Some(volume) = &mut self.volumes[usize::from(index.0)] else {
             return;
         };
@@ -140,22 +159,31 @@ impl Shard {
             if volume.routes.len() <= number {
                 volume.routes.push(None);
             }
-            if let Some(up) = self.disks.iter().flatten().find(|up| up.uuid == uuid)
-                && volume.routes[number] != Some(up.index)
+            let route = &mut volume.routes[number];
+            if let Some(up) = self.disks.iter().flatten().find(|up| up.uuid == uuid) {
+                if *route != Some(Route::Near(up.index)) {
+                    *route = Some(Route::Near(up.index));
+                    fresh.push((uuid, true));
+                }
+            } else if route.is_none()
+                && let Some(far) = self.links.reach(uuid)
             {
-                volume.routes[number] = Some(up.index);
-                fresh.push(*up);
+                *route = Some(far);
+                fresh.push((uuid, false));
             }
         }
-        let known = |index: &Option<DiskIndex>| index.and_then(|disk| self.disks[usize::from(disk.0)]);
-        // Of a disk that is away nothing is known, so nothing is assumed of it.
+        let known = |route: &Option<Route>| match route {
+            Some(Route::Near(disk)) => self.disks[usize::from(disk.0)],
+            // Of a disk that is away nothing is known, so nothing is assumed of it; one of another node answers late.
+            Some(Route::Far { .. }) | None => None,
+        };
         let all = |is: &dyn Fn(DiskUp) -> bool| {
-            !volume.routes.is_empty() && volume.routes.iter().all(|disk| known(disk).is_some_and(is))
+            !volume.routes.is_empty() && volume.routes.iter().all(|route| known(route).is_some_and(is))
         };
         let (inline, null) = (all(&|up| up.inline), all(&|up| up.null));
         (volume.inline, volume.null) = (inline, null);
-        for up in fresh {
-            self.with_mirror(index, |mirror, out| mirror.disk_up(up.uuid, true, out));
+        for (uuid, near) in fresh {
+            self.with_mirror(index, |mirror, out| mirror.disk_up(uuid, near, out));
         }
     }
 
@@ -174,6 +202,7 @@ impl Shard {
             routes: Vec::new(),
             inline: false,
             null: false,
+            large: 0,
             removing: None,
         }));
         self.present.push(index);
@@ -219,6 +248,7 @@ impl Shard {
         reactor.enters = self.ring.stats().enters;
         (reactor.queues_polled, reactor.queues_idle) = self.queues.counts();
         ShardStatus {
+            links: self.links.status(),
             reactor,
             disks: self
                 .stores

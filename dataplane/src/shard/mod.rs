@@ -6,11 +6,13 @@
 //!
 //! * `ops`: a guest's request from descriptor to completion: buffers, copies, windows of large requests
 //! * `route`: requests from owners to replicas, replies back, on this reactor and across
+//! * `links`: the connections to and from other nodes
 //! * `command`: what the control threads want done
 //!
 //! Invariant: memory that a request carries stays its owner's until the mirror has released it, however late.
 
 mod command;
+mod links;
 mod ops;
 mod queues;
 mod route;
@@ -32,6 +34,7 @@ use crate::reactor::{self, Idle, IdlePolicy, Ring};
 use crate::replica::{ChunkRef, Header, Reply, Request};
 use crate::store::{self, Store};
 
+use links::Links;
 use ops::Ops;
 use queues::Queues;
 
@@ -46,6 +49,8 @@ const LARGE_BUFFERS: u32 = 1024;
 const TICK: Duration = Duration::from_millis(50);
 /// The same when the reactor is idle.
 const TICK_IDLE: Duration = Duration::from_millis(500);
+/// How often volumes look again for disks that they had to give up.
+const CONNECT: Duration = Duration::from_millis(1000);
 
 /// Of so many turns in a row that found nothing one looks at the clock.
 const IDLE_BLIND: u32 = 8;
@@ -65,29 +70,59 @@ pub(crate) enum Message {
     Reply { tag: u64, reply: Reply },
 }
 
-/// Where an answer goes: reactor, volume and the mirror's own number for the request.
+/// Who asked.
+#[derive(Clone, Copy)]
+enum To {
+    /// A volume; the mirror's own number for the request.
+    Volume { volume: VolumeIndex, request: u32 },
+    /// A peer; the slot of its request.
+    Link { link: u16, slot: u16 },
+}
+
+/// Where an answer goes: to whom on which reactor.
 #[derive(Clone, Copy)]
 struct Address {
     shard: usize,
-    volume: VolumeIndex,
-    request: u32,
+    to: To,
 }
 
 impl Address {
-    /// No mirror asked.
+    /// Nobody asked.
     const NOBODY: store::Tag = store::Tag(u64::MAX);
+    const LINK: u64 = 1 << 63;
 
     fn pack(self) -> u64 {
-        (self.shard as u64) << 48 | u64::from(self.volume.0) << 32 | u64::from(self.request)
+        let shard = (self.shard as u64) << 48;
+        match self.to {
+            To::Volume { volume, request } => shard | u64::from(volume.0) << 32 | u64::from(request),
+            To::Link { link, slot } => Self::LINK | shard | u64::from(link) << 32 | u64::from(slot),
+        }
     }
 
     fn unpack(tag: u64) -> Self {
-        Address {
-            shard: (tag >> 48) as usize,
-            volume: VolumeIndex((tag >> 32) as u16),
-            request: tag as u32,
-        }
+        let shard = (tag >> 48) as usize & 0x7fff;
+        let to = if tag & Self::LINK == 0 {
+            To::Volume {
+                volume: VolumeIndex((tag >> 32) as u16),
+                request: tag as u32,
+            }
+        } else {
+            To::Link {
+                link: (tag >> 32) as u16,
+                slot: tag as u16,
+            }
+        };
+        Address { shard, to }
     }
+}
+
+/// The way to a replica's disk.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Route {
+    /// A disk of this node.
+    Near(DiskIndex),
+    /// A disk of the node at the other end of a link, by that node's number for it.
+    Far { link: u16, disk: u16 },
 }
 
 /// A store with its device, on its own reactor.
@@ -145,12 +180,14 @@ struct Volume {
     id: VolumeId,
     /// The mirror's names for its operations.
     names: ops::Names,
-    /// For each disk of the mirror's table, the node's number for it.
-    routes: Vec<Option<DiskIndex>>,
+    /// For each disk of the mirror's table, the way to it.
+    routes: Vec<Option<Route>>,
     /// Every disk it can use ends I/O within the call, so that reads may go to guest memory directly.
     inline: bool,
     /// Every disk it can use keeps nothing, so that writes need not be copied.
     null: bool,
+    /// Large buffers in use for it.
+    large: u32,
     /// Somebody waits for it to be let go.
     removing: Option<mpsc::Sender<()>>,
 }
@@ -181,6 +218,8 @@ pub(crate) struct Shard {
     volumes: Vec<Option<Box<Volume>>>,
     /// Indexes of the volumes that are there.
     present: Vec<VolumeIndex>,
+    /// After the disks, which may have I/O in the memory of links.
+    links: Links,
     queues: Queues,
     ops: Ops,
     buffers: BufferPool,
@@ -199,8 +238,11 @@ pub(crate) struct Shard {
     ring_events: Vec<reactor::Event>,
 
     started: Instant,
+    /// The bell is not watched: whoever sleeps would not hear it.
+    deaf: bool,
     now: u64,
     next_tick: u64,
+    next_connect: u64,
     stopping: bool,
     /// Turns without work since the last with some.
     idle_turns: u32,
@@ -233,6 +275,7 @@ impl Shard {
             disks: vec![None; DISKS_MAX],
             volumes: (0..VOLUMES_MAX).map(|_| None).collect(),
             present: Vec::new(),
+            links: Links::new(),
             queues: Queues::new(),
             ops: Ops::new(OPS_MAX),
             buffers: BufferPool::new(SMALL_BUFFERS, LARGE_BUFFERS, OPS_MAX as u16)?,
@@ -247,8 +290,10 @@ impl Shard {
             merges: Vec::new(),
             ring_events,
             started: Instant::now(),
+            deaf: false,
             now: 0,
             next_tick: 0,
+            next_connect: 0,
             stopping: false,
             idle_turns: 0,
             stats: ReactorStats {
@@ -276,14 +321,19 @@ impl Shard {
                 self.sleep();
             }
         }
+        self.close_links();
     }
 
     /// One turn; true if there was anything to do.
     fn turn(&mut self) -> bool {
+        if self.deaf {
+            self.deaf = self.ring.watch(self.waker.fd(), queues::wake_tag()).is_err();
+        }
         let mut worked = self.take_messages();
         worked |= self.take_ring_events();
         worked |= self.poll_queues();
         worked |= self.poll_disks();
+        worked |= self.links.has_news() || !self.replies.is_empty();
         if worked {
             self.carry();
         }
@@ -295,10 +345,11 @@ impl Shard {
                 self.tick();
             }
         }
-        if worked {
+        if worked || self.queues.any_dirty() {
             self.publish_queues();
         }
         self.send_outboxes();
+        self.poll_links();
         self.submit();
         worked
     }
@@ -349,9 +400,11 @@ impl Shard {
                     }
                 }
                 reactor::Kind::Kick => self.kicked(event),
+                reactor::Kind::Call => self.called(event),
+                reactor::Kind::Connection => self.connection_event(event),
                 reactor::Kind::Wake if !event.more => {
                     // The watch ended (the kernel may drop one under pressure): watch again.
-                    self.ring.watch(self.waker.fd(), queues::wake_tag()).ok();
+                    self.deaf = true;
                 }
                 _ => {}
             }
@@ -377,6 +430,10 @@ impl Shard {
             let now = self.now;
             self.with_mirror(index, |mirror, out| mirror.tick(now, out));
         }
+        if self.now >= self.next_connect {
+            self.next_connect = self.now + CONNECT.as_millis() as u64;
+            self.connect_lost();
+        }
         self.carry();
         self.publish_queues();
         self.forget_volumes();
@@ -393,7 +450,11 @@ impl Shard {
 
     /// Nothing is in hand that would not announce itself by the ring or the bell.
     fn may_sleep(&self) -> bool {
-        self.outboxes.iter().all(VecDeque::is_empty)
+        !self.deaf
+            && !self.queues.any_dirty()
+            && self.outboxes.iter().all(VecDeque::is_empty)
+            && self.links.may_sleep()
+            && self.replies.is_empty()
             && !self
                 .served()
                 .any(|served| served.disk.must_poll() || !served.waiting.is_empty())

@@ -16,6 +16,8 @@ use crate::plane::VolumeIndex;
 
 use super::Shard;
 
+/// Most large buffers of one volume, so that one whose disks hang or whose guest is greedy leaves some to the others.
+const VOLUME_LARGE: u32 = super::LARGE_BUFFERS / 8;
 /// Blocks of the longest window: it may begin and end inside a block.
 const BLOCKS_MAX: usize = REQUEST_MAX / BLOCK + 1;
 
@@ -115,6 +117,12 @@ pub(super) struct Ops {
     /// Private memory that a late request still carries while its operation went on. One for a name at most.
     behind: Vec<Option<Lent>>,
     behind_free: Vec<u32>,
+    /// Buffers were given back since those who wait were looked at.
+    given: bool,
+    /// They are being looked at.
+    retrying: bool,
+    /// And there was not enough for one of them: nor is there for those behind it.
+    exhausted: bool,
     crcs: Box<[u32; BLOCKS_MAX + 1]>,
 }
 
@@ -148,6 +156,9 @@ impl Ops {
             waiting: VecDeque::with_capacity(max),
             behind: Vec::new(),
             behind_free: Vec::new(),
+            given: false,
+            retrying: false,
+            exhausted: false,
             crcs: Box::new([0; BLOCKS_MAX + 1]),
         }
     }
@@ -253,7 +264,7 @@ impl Shard {
             return self.submit_window(id, OpKind::Read, at, len, data, 0);
         }
         let (from, cover) = cover(at, len);
-        let Some(lent) = self.buffers.take(from, cover as u32) else {
+        let Some(lent) = self.borrow(id, from, cover as u32) else {
             return self.wait_for_buffers(id);
         };
         let data = self.buffers.payload(&lent);
@@ -274,10 +285,10 @@ impl Shard {
             return self.submit_window(id, OpKind::Write, at, len, data, len as usize / BLOCK);
         }
         let (from, cover) = cover(at, len);
-        let Some(lent) = self.buffers.take(from, cover as u32) else {
+        let Some(lent) = self.borrow(id, from, cover as u32) else {
             return self.wait_for_buffers(id);
         };
-        let mut guest = op.guest;
+        let mut guest = self.ops.slots[id as usize].guest;
         let mut crcs = &mut self.ops.crcs[..];
         if aligned {
             for seg in self.buffers.segs(&lent) {
@@ -303,6 +314,14 @@ impl Shard {
                 crcs = rest;
                 (skip, left) = (0, left - take);
             }
+        }
+        if self.queues.poisoned(self.ops.slots[id as usize].queue) {
+            // Zeros in the place of pages that are gone: not what the guest meant to write.
+            let op = &mut self.ops.slots[id as usize];
+            op.failed = true;
+            let volume = op.volume;
+            self.give_back(volume, lent);
+            return self.next_window(id);
         }
         self.stats.copied_in += len;
         let data = self.buffers.payload(&lent);
@@ -352,7 +371,8 @@ impl Shard {
         let op = &mut self.ops.slots[id as usize];
         let (at, len) = (op.at, u64::from(op.len));
         let (from, cover) = cover(at, len);
-        let Some(lent) = self.buffers.take(from, cover as u32) else {
+        let Some(lent) = self.borrow(id, from, cover as u32) else {
+            let op = &mut self.ops.slots[id as usize];
             (op.len, op.left) = (0, op.left + len);
             return self.wait_for_buffers(id);
         };
@@ -365,17 +385,57 @@ impl Shard {
         self.submit_window(id, OpKind::Write, at, len, data, 1);
     }
 
+    /// Buffers for a window. `None`: it waits, because none are left, because its volume has its share, or because others
+    /// have waited for longer.
+    fn borrow(&mut self, id: u32, from: u64, len: u32) -> Option<Lent> {
+        let index = self.ops.slots[id as usize].volume;
+        let full = self.volumes[usize::from(index.0)]
+            .as_ref()
+            .is_some_and(|volume| volume.large >= VOLUME_LARGE);
+        // One that needs a block never takes from those who wait for many extents.
+        let behind = len as usize > BLOCK && !self.ops.retrying && !self.ops.waiting.is_empty();
+        if full || behind || self.ops.exhausted {
+            return None;
+        }
+        let Some(lent) = self.buffers.take(from, len) else {
+            self.ops.exhausted = self.ops.retrying;
+            return None;
+        };
+        let large = self.buffers.large(&lent);
+        if let Some(volume) = &mut self.volumes[usize::from(index.0)] {
+            volume.large += large;
+        }
+        Some(lent)
+    }
+
+    fn give_back(&mut self, volume: VolumeIndex, lent: Lent) {
+        if let Some(volume) = &mut self.volumes[usize::from(volume.0)] {
+            volume.large -= self.buffers.large(&lent);
+        }
+        self.buffers.give(lent);
+        self.ops.given = true;
+    }
+
     fn wait_for_buffers(&mut self, id: u32) {
-        self.stats.waits += 1;
+        if !self.ops.retrying {
+            self.stats.waits += 1;
+            // It may wait behind somebody whose volume has its share, and need not.
+            self.ops.given = true;
+        }
         self.ops.slots[id as usize].state = State::Waiting;
         self.ops.waiting.push_back(id);
     }
 
-    /// Buffers were given back: those that waited for them go on.
+    /// Buffers were given back: those that waited for them go on, in order; one whose volume has its share lets others by.
     pub(super) fn retry_waiting(&mut self) {
+        if !std::mem::take(&mut self.ops.given) {
+            return;
+        }
+        (self.ops.retrying, self.ops.exhausted) = (true, false);
+        // Each is looked at once; those that go on waiting come behind each other again, in the same order.
         for _ in 0..self.ops.waiting.len() {
             let Some(id) = self.ops.waiting.pop_front() else {
-                return;
+                break;
             };
             let op = &mut self.ops.slots[id as usize];
             op.state = State::Active;
@@ -384,10 +444,8 @@ impl Shard {
                 Kind::Out => self.write_window(id),
                 _ => self.zero_window(id),
             }
-            if self.ops.slots[id as usize].state == State::Waiting {
-                return;
-            }
         }
+        (self.ops.retrying, self.ops.exhausted) = (false, false);
     }
 
     fn submit_window(&mut self, id: u32, kind: OpKind, at: u64, len: u64, data: Payload, blocks: usize) {
@@ -506,8 +564,9 @@ impl Shard {
 
     fn window_over(&mut self, id: u32) {
         let op = &mut self.ops.slots[id as usize];
+        let volume = op.volume;
         if let Some(lent) = op.lent.take() {
-            self.buffers.give(lent);
+            self.give_back(volume, lent);
         }
         self.next_window(id);
     }

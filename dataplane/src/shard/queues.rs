@@ -36,6 +36,12 @@ struct Slot {
     watched: bool,
     /// Answers wait to be published.
     dirty: bool,
+    /// A call to the driver is with the kernel: one at a time, since a driver may have filled its eventfd so that none ends.
+    calling: bool,
+    /// Another one is due then.
+    call_again: bool,
+    /// The kernel was asked to give up on the call.
+    cancelled: bool,
     stopping: Option<mpsc::Sender<Box<Queue>>>,
 }
 
@@ -46,6 +52,8 @@ pub(super) struct Queues {
     uses: Vec<u32>,
     polled: Vec<u32>,
     dirty: Vec<u32>,
+    /// Dirty ones that the ring had no room for.
+    late: Vec<u32>,
     /// Slots whose watch the ring had no room for.
     unwatched: Vec<u32>,
     stopping: Vec<u32>,
@@ -59,6 +67,7 @@ impl Queues {
             uses: Vec::new(),
             polled: Vec::new(),
             dirty: Vec::new(),
+            late: Vec::new(),
             unwatched: Vec::new(),
             stopping: Vec::new(),
             taken: Vec::with_capacity(TAKE_MAX),
@@ -67,6 +76,16 @@ impl Queues {
 
     fn slot(&mut self, id: u32) -> &mut Slot {
         self.slots[id as usize].as_mut().expect("a queue in use")
+    }
+
+    /// Answers or calls wait for the next publish.
+    pub(super) fn any_dirty(&self) -> bool {
+        !self.dirty.is_empty()
+    }
+
+    /// Memory of the queue's device was truncated under it.
+    pub(super) fn poisoned(&mut self, id: u32) -> bool {
+        self.slot(id).queue.poisoned()
     }
 
     /// Whether the guest believes that a completed write is durable.
@@ -107,7 +126,11 @@ impl Queues {
             last_work: now,
             polls: 0,
             watched: false,
-            dirty: false,
+            // What an earlier holder owes the driver is made good with the first publish.
+            dirty: true,
+            calling: false,
+            call_again: false,
+            cancelled: false,
             stopping: None,
         };
         let id = self.slots.iter().position(Option::is_none).unwrap_or_else(|| {
@@ -119,6 +142,7 @@ impl Queues {
         self.uses[id] = self.uses[id].wrapping_add(1);
         self.polled.push(id as u32);
         self.unwatched.push(id as u32);
+        self.dirty.push(id as u32);
     }
 
     /// Begins to stop a queue. If it does not run the sender is dropped, which says so.
@@ -170,12 +194,28 @@ impl Queues {
         }
     }
 
+    fn call_tag(&self, id: u32) -> Tag {
+        Tag {
+            kind: Kind::Call,
+            ..self.tag(id)
+        }
+    }
+
     fn finish_stops(&mut self, ring: &mut Ring) {
         let mut at = 0;
         while at < self.stopping.len() {
             let id = self.stopping[at];
             let slot = self.slot(id);
             if slot.queue.in_flight() > 0 || slot.dirty {
+                at += 1;
+                continue;
+            }
+            if slot.calling {
+                // It may never end by itself. Its event says when the descriptor is the kernel's no more.
+                if !slot.cancelled {
+                    let tag = self.call_tag(id);
+                    self.slot(id).cancelled = ring.cancel(tag).is_ok();
+                }
                 at += 1;
                 continue;
             }
@@ -320,20 +360,51 @@ impl Shard {
             let slot = self.queues.slot(id);
             slot.dirty = false;
             if let Some(fd) = slot.queue.publish() {
-                // SAFETY: the queue owns the descriptor; it leaves this reactor in `finish_stops` at the earliest, and
-                // everything pushed before is submitted first (see there).
-                if unsafe { self.ring.notify(fd) }.is_err() {
-                    self.submit();
-                    // SAFETY: as above; the ring has just been emptied, so this one finds room.
-                    let second = unsafe { self.ring.notify(fd) };
-                    assert!(second.is_ok(), "an empty submission queue has no room");
-                }
+                self.call(id, fd);
             }
         }
+        std::mem::swap(&mut self.queues.dirty, &mut self.queues.late);
         if !self.queues.stopping.is_empty() {
-            // What was pushed names descriptors of queues that are about to leave.
-            self.submit();
             self.queues.finish_stops(&mut self.ring);
+        }
+    }
+
+    /// Calls a driver, unless a call is on its way: then again when that has ended.
+    fn call(&mut self, id: u32, fd: std::os::fd::RawFd) {
+        let tag = self.queues.call_tag(id);
+        let slot = self.queues.slot(id);
+        if slot.calling {
+            slot.call_again = true;
+            return;
+        }
+        // SAFETY: the queue owns the descriptor, and does not leave this reactor while `calling`.
+        if unsafe { self.ring.notify_as(fd, tag) }.is_ok() {
+            self.queues.slot(id).calling = true;
+            return;
+        }
+        // Full: made up for at the next turn's publish.
+        let slot = self.queues.slot(id);
+        slot.queue.owe_call();
+        if !slot.dirty {
+            slot.dirty = true;
+            self.queues.late.push(id);
+        }
+    }
+
+    /// A call has ended.
+    pub(super) fn called(&mut self, event: Event) {
+        let id = event.tag.owner;
+        let current = self.queues.uses.get(id as usize) == Some(&event.tag.index);
+        let Some(Some(slot)) = self.queues.slots.get_mut(id as usize).filter(|_| current) else {
+            return;
+        };
+        slot.calling = false;
+        if std::mem::take(&mut slot.call_again) && slot.stopping.is_none() {
+            slot.queue.owe_call();
+            if !slot.dirty {
+                slot.dirty = true;
+                self.queues.dirty.push(id);
+            }
         }
     }
 }

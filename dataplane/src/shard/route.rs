@@ -10,7 +10,7 @@ use crate::plane::{DiskIndex, Event, VolumeIndex};
 use crate::replica::{ExtentDigest, Header, Reply, Request, Sealed, Status};
 use crate::store::{self, Tag};
 
-use super::{Address, Finish, Home, Message, Shard};
+use super::{Address, Finish, Home, Message, Route, Shard, To};
 
 impl Shard {
     /// Carries requests and answers until nothing moves.
@@ -42,10 +42,15 @@ impl Shard {
                 moved = true;
                 self.answered(address, reply);
             }
+            moved |= self.carry_news();
             if !self.ops.waiting_is_empty() {
                 self.retry_waiting();
             }
-            if !moved && self.finished.is_empty() {
+            let quiet = self.finished.is_empty()
+                && self.touched.is_empty()
+                && self.completions.is_empty()
+                && self.replies.is_empty();
+            if !moved && quiet {
                 return;
             }
         }
@@ -149,13 +154,16 @@ impl Shard {
         }
     }
 
-    /// A disk is silent for too long: it is taken out of service, and its mirrors hear of it when its last I/O has ended.
+    /// A disk is silent for too long. One of this node is taken out of service, and its mirrors hear of it when its last I/O
+    /// has ended; with one of another node this volume alone has no more to do, until it answers again.
     fn abandon(&mut self, index: VolumeIndex, disk: mirror::DiskIndex) {
         let volume = self.volumes[usize::from(index.0)]
             .as_ref()
             .expect("the volume that speaks");
-        if let Some(Some(disk)) = volume.routes.get(usize::from(disk.0)).copied() {
-            self.tell(Event::Silent(disk));
+        match volume.routes.get(usize::from(disk.0)).copied().flatten() {
+            Some(Route::Near(disk)) => self.tell(Event::Silent(disk)),
+            Some(Route::Far { link, disk }) => self.abandon_far(index, link, disk),
+            None => {}
         }
     }
 
@@ -179,7 +187,7 @@ impl Shard {
         volume
             .mirror
             .foresee(request.sector * SECTOR, write, |disk, chunk, extent| {
-                if let Some(Some(disk)) = volume.routes.get(usize::from(disk.0))
+                if let Some(Some(Route::Near(disk))) = volume.routes.get(usize::from(disk.0))
                     && let Home::Store(served) = &self.homes[usize::from(disk.0)]
                 {
                     served.store.foresee(&chunk, extent);
@@ -197,16 +205,28 @@ impl Shard {
     ) {
         let tag = Address {
             shard: self.number,
-            volume: index,
-            request: id.0,
+            to: To::Volume {
+                volume: index,
+                request: id.0,
+            },
         }
         .pack();
         let volume = self.volumes[usize::from(index.0)]
             .as_ref()
             .expect("the volume that sends");
-        let Some(Some(disk)) = volume.routes.get(usize::from(disk.0)).copied() else {
-            return self.reply(tag, Reply::Refused(Status::DiskFailed));
-        };
+        match volume.routes.get(usize::from(disk.0)).copied().flatten() {
+            Some(Route::Near(disk)) => self.route(tag, disk, header, request),
+            Some(Route::Far { link, disk }) => {
+                if !self.ask_far(tag, index, (link, disk), *header, *request) {
+                    self.reply(tag, Reply::Refused(Status::DiskFailed));
+                }
+            }
+            None => self.reply(tag, Reply::Refused(Status::DiskFailed)),
+        }
+    }
+
+    /// Brings a request to a disk of this node.
+    pub(super) fn route(&mut self, tag: u64, disk: DiskIndex, header: &Header, request: &Request) {
         let home = usize::from(disk.0) % self.peers.len();
         if home == self.number {
             self.serve(tag, disk, header, request);
@@ -334,7 +354,7 @@ impl Shard {
     }
 
     #[inline]
-    fn reply(&mut self, tag: u64, reply: Reply) {
+    pub(super) fn reply(&mut self, tag: u64, reply: Reply) {
         let address = Address::unpack(tag);
         if address.shard == self.number {
             self.replies.push_back((address, reply));
@@ -344,8 +364,13 @@ impl Shard {
     }
 
     fn answered(&mut self, address: Address, reply: Reply) {
-        let id = mirror::RequestId(address.request);
-        self.with_mirror(address.volume, |mirror, out| mirror.replied(id, reply, out));
+        match address.to {
+            To::Volume { volume, request } => {
+                let id = mirror::RequestId(request);
+                self.with_mirror(volume, |mirror, out| mirror.replied(id, reply, out));
+            }
+            To::Link { link, slot } => self.answer_far(link, slot, reply),
+        }
     }
 
     fn post(&mut self, shard: usize, message: Message) {

@@ -50,7 +50,7 @@ mod write;
 use std::collections::VecDeque;
 
 use crate::disk::{Completion, Io, Token};
-use crate::ids::{BootId, DiskUuid, PowerId};
+use crate::ids::{BLOCK, BootId, DiskUuid, PowerId};
 use crate::memory::{Arena, prefetch};
 use crate::replica::{Header, Reply, Request, Status};
 
@@ -73,7 +73,7 @@ use window::Windows;
 
 /// Requests that wait for an operation to become free. Whoever submits keeps fewer than this many unanswered; beyond,
 /// requests are refused as [`Status::Invalid`].
-pub const DOOR_MAX: usize = 4096;
+pub const DOOR_MAX: usize = 65_536;
 
 /// Names a request to whoever submitted it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -248,9 +248,10 @@ impl Store {
         let slot = slot & !tables::EMPTY;
         if let Some(frame) = self.cache.peek(slot / codec::RECORDS_PER_PAGE as u32) {
             let at = slot as usize % codec::RECORDS_PER_PAGE * codec::RECORD;
-            let page = self.arena.bytes(frame as usize, 1);
-            prefetch::<false>(page[at..].as_ptr());
-            prefetch::<false>(page[at + codec::RECORD - 1..].as_ptr());
+            // An address and no reference: the frame may be loading, and then it is the device's.
+            let record = self.arena.span().0.wrapping_add(frame as usize * BLOCK + at);
+            prefetch::<false>(record);
+            prefetch::<false>(record.wrapping_add(codec::RECORD - 1));
         }
     }
 
@@ -467,7 +468,7 @@ impl Store {
             token: Token(u64::from(Kind::Journal as u8) << 56 | sequence & ((1 << 56) - 1)),
             io: Io::Write {
                 offset: self.layout.journal_at(sequence),
-                len: crate::ids::BLOCK as u32,
+                len: BLOCK as u32,
                 data: self.arena.payload(page),
             },
         });

@@ -1,6 +1,8 @@
 //! Both ends against each other, in memory and over sockets, and against somebody in the middle.
 
-use std::net::TcpListener;
+use std::io::{Read, Write};
+use std::net::{TcpListener, TcpStream};
+use std::time::Duration;
 
 use proptest::prelude::*;
 

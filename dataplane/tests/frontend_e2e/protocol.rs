@@ -352,14 +352,73 @@ fn configuration_cache_mode_and_resize() {
 }
 
 #[test]
+fn a_region_with_rings_may_be_taken_and_given_back_in_two_messages() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("disk.sock");
+    let plane = TestPlane::new(1 << 20, false);
+    let _export = Export::new(DeviceId(1), config(1 << 20), &path, plane.clone()).unwrap();
+    let mut frontend = negotiate(&path);
+    let mut driver = Driver::new();
+    start(&mut frontend, &driver, 0);
+    driver.write_sector(0, 1, GUEST);
+    wait("the first is answered", || driver.used() == 1);
+    frontend
+        .remove_mem_region(&region(&driver.memory, GUEST))
+        .unwrap();
+    driver.write_sector(1, 2, GUEST);
+    frontend.add_mem_region(&region(&driver.memory, GUEST)).unwrap();
+    // No further message, as QEMU sends none: the queue goes on by itself.
+    wait("the second is answered", || driver.used() == 2);
+}
+
+#[test]
+fn a_guest_that_does_not_flush_is_remembered() {
+    let dir = tempfile::tempdir().unwrap();
+    let (path, next) = (dir.path().join("a.sock"), dir.path().join("b.sock"));
+    let plane = TestPlane::new(1 << 20, false);
+    let export = Export::new(DeviceId(1), config(1 << 20), &path, plane.clone()).unwrap();
+    let mut frontend = negotiate(&path);
+    let mut driver = Driver::new();
+    let asked = VhostUserInflight::new(0, 0, 4, SIZE);
+    let (log, file) = frontend.get_inflight_fd(&asked).unwrap();
+    frontend.set_inflight_fd(&log, file.as_raw_fd()).unwrap();
+    start(&mut frontend, &driver, 0);
+    frontend
+        .set_config(32, VhostUserConfigFlags::WRITABLE, &[0])
+        .unwrap();
+    driver.write_sector(0, 1, GUEST);
+    wait("it is answered", || driver.used() == 1);
+    assert!(export.shared().write_through());
+    // The process dies, and the front end repeats everything but the configuration.
+    std::mem::forget(frontend);
+    let again = Export::new(DeviceId(1), config(1 << 20), &next, plane.clone()).unwrap();
+    let mut frontend = negotiate(&next);
+    assert!(!again.shared().write_through());
+    frontend.set_inflight_fd(&log, file.as_raw_fd()).unwrap();
+    assert!(again.shared().write_through());
+    // A reset does not say that the guest flushes now; only the guest does.
+    frontend.reset_device().unwrap();
+    frontend.set_features(frontend.get_features().unwrap()).unwrap();
+    assert!(again.shared().write_through());
+    frontend
+        .set_config(32, VhostUserConfigFlags::WRITABLE, &[1])
+        .unwrap();
+    assert!(!again.shared().write_through());
+    std::mem::forget(export);
+}
+
+#[test]
 fn files_that_are_no_memory_and_odd_queues_are_refused() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("disk.sock");
     let plane = TestPlane::new(1 << 20, false);
     let export = Export::new(DeviceId(1), config(1 << 20), &path, plane.clone()).unwrap();
-    let short = tempfile::tempfile().unwrap();
+    let short = tempfile::tempfile_in("/dev/shm").unwrap();
     short.set_len(100).unwrap();
-    for file in [File::open("/dev/zero").unwrap(), short] {
+    // Large enough, but whoever touches it may have to wait for a disk, or for a file system of the front end's own.
+    let slow = tempfile::tempfile_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+    slow.set_len(MEMORY).unwrap();
+    for file in [File::open("/dev/zero").unwrap(), short, slow] {
         let frontend = negotiate(&path);
         assert!(frontend.set_mem_table(&[region(&file, GUEST)]).is_err());
     }

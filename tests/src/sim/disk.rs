@@ -67,13 +67,14 @@ pub struct VirtualDisk {
     flying: BTreeMap<u64, Flying>,
     serial: u64,
     unreadable: BTreeSet<u64>,
+    weak: BTreeSet<u64>,
     /// Calls of [`BlockIo`] until the device is gone.
     fuse: Option<u64>,
     /// I/Os completed, and calls made.
     pub done: u64,
 }
 
-fn gather(data: Payload, len: usize) -> Vec<u8> {
+pub(crate) fn gather(data: Payload, len: usize) -> Vec<u8> {
     let mut bytes = Vec::with_capacity(len);
     // SAFETY: the store keeps the memory of an I/O until its completion, which has not been handed over yet; one thread.
     let missing = unsafe {
@@ -85,7 +86,7 @@ fn gather(data: Payload, len: usize) -> Vec<u8> {
     bytes
 }
 
-fn scatter(data: Payload, bytes: &[u8]) {
+pub(crate) fn scatter(data: Payload, bytes: &[u8]) {
     let mut at = 0;
     // SAFETY: as in `gather`; nobody holds a reference to memory that a device is reading into.
     let missing = unsafe {
@@ -130,6 +131,7 @@ impl VirtualDisk {
             flying: BTreeMap::new(),
             serial: 0,
             unreadable: BTreeSet::new(),
+            weak: BTreeSet::new(),
             fuse: None,
             done: 0,
         }
@@ -166,6 +168,13 @@ impl VirtualDisk {
         self.flying.contains_key(&serial)
     }
 
+    /// Whether the I/O changes the disk, or makes changes durable.
+    pub fn is_change(&self, serial: u64) -> bool {
+        self.flying
+            .get(&serial)
+            .is_some_and(|f| matches!(f.io, Io::Write { .. } | Io::WriteZeroes { .. } | Io::Flush))
+    }
+
     /// Whether the I/O is a flush that will fail and lose what it was to save.
     pub fn forgets(&self, serial: u64) -> bool {
         self.flying
@@ -173,10 +182,13 @@ impl VirtualDisk {
             .is_some_and(|f| f.io == Io::Flush && f.mishap.is_some() && self.volatile)
     }
 
-    fn put(&mut self, block: u64, data: Content) {
+    fn put(&mut self, block: u64, mut data: Content) {
         let Some(there) = self.now.get_mut(block as usize) else {
             return;
         };
+        if let Some(bytes) = data.as_mut().filter(|_| self.weak.contains(&block)) {
+            Rc::make_mut(bytes)[BLOCK / 2] ^= 1;
+        }
         self.unreadable.remove(&block);
         *there = data.clone();
         self.order += 1;
@@ -372,6 +384,14 @@ impl VirtualDisk {
             self.durable[block as usize] = content(&bytes);
         }
         true
+    }
+
+    /// A block rots, and again after each time it is written.
+    pub fn weaken(&mut self, block: u64) {
+        if self.weak.insert(block) {
+            let there = self.now[block as usize].clone();
+            self.put(block, there);
+        }
     }
 
     /// A block can not be read until it is written.

@@ -7,7 +7,7 @@
 //!
 //! * `random`: the only source of chance. `profile`: what a seed draws.
 //! * `disk`: virtual disks. `world`: events, messages, the control state. `process`: death and return of disks, process
-//!   and power. `work`: guests. `oracle`: what must hold at the end.
+//!   and power. `work`: guests. `oracle`: what must hold at the end. `script`: a crash at every device write of a script.
 //!
 //! Deliberately absent: threads, clocks, sockets, io_uring, virtqueues: other tests drive the real ones.
 
@@ -16,8 +16,10 @@ mod oracle;
 mod process;
 pub mod profile;
 pub mod random;
-mod work;
-mod world;
+pub mod script;
+pub(crate) mod trace;
+pub(crate) mod work;
+pub(crate) mod world;
 
 pub use profile::Profile;
 pub use world::{Stats, World};

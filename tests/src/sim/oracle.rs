@@ -1,14 +1,15 @@
 //! A whole run, and what must hold when its faults have ended.
 
 use unibody_dataplane::config::SlotState;
-use unibody_dataplane::ids::{ChunkKey, REGIONS_PER_CHUNK, Version};
+use unibody_dataplane::ids::{ChunkKey, EXTENTS_PER_REGION, REGIONS_PER_CHUNK, Version};
 use unibody_dataplane::mirror::{OpKind, Phase};
 use unibody_dataplane::replica::{ChunkRef, ExtentImage, Header, Reply, Request};
 use unibody_dataplane::store::{Tag, Verdict, check};
 
 use super::profile::Damage;
+use super::trace::brief;
 use super::work::SECTORS;
-use super::world::{Checked, Event, World, brief};
+use super::world::{Checked, Event, World};
 
 /// Virtual time within which everything must be in order again.
 const HEAL_MS: u64 = 120_000;
@@ -28,6 +29,11 @@ impl World {
                 break;
             }
         }
+        self.heal_and_judge()
+    }
+
+    /// No more faults, and then the oracle.
+    pub(super) fn heal_and_judge(&mut self) -> Checked {
         self.heal();
         let until = self.now + HEAL_MS * 1000;
         let mut quiet = 0;
@@ -42,6 +48,7 @@ impl World {
             }
         }
         self.read_everything()?;
+        self.mended()?;
         self.compare()?;
         self.gather();
         self.close_and_check()?;
@@ -54,7 +61,7 @@ impl World {
         self.profile.disk_bytes < 8 << 20
     }
 
-    fn healed(&self) -> bool {
+    pub(super) fn healed(&self) -> bool {
         let Some(mirror) = &self.mirror else { return false };
         let status = mirror.status();
         let order = status.phase == Phase::Serving && self.guest.ops.is_empty() && status.unavailable == 0;
@@ -69,7 +76,7 @@ impl World {
             .all(|slot| slot.state == SlotState::InSync)
     }
 
-    fn ailing(&self) -> String {
+    pub(super) fn ailing(&self) -> String {
         let ops: Vec<_> = self.guest.ops.iter().map(|(slot, op)| (*slot, op.kind)).collect();
         let disks: Vec<_> = self
             .nodes
@@ -121,6 +128,46 @@ impl World {
                 }
             }
             at = end;
+        }
+        Ok(())
+    }
+
+    /// Bad blocks that reads met, and that another replica had, were made good.
+    fn mended(&mut self) -> Checked {
+        let until = self.now + 3_000_000;
+        while !self.met.is_empty() && self.now < until {
+            self.step()?;
+        }
+        let config = self.config();
+        for (node, chunk, extent, block) in std::mem::take(&mut self.met) {
+            let slots = &config.chunks[chunk as usize];
+            let in_sync = slots.iter().filter(|slot| slot.state == SlotState::InSync);
+            let uuid = self.nodes[node].uuid;
+            let slot = in_sync.clone().find(|slot| slot.disk == uuid);
+            let (Some(slot), true, Damage::Within) = (slot, in_sync.count() > 1, self.profile.damage) else {
+                continue;
+            };
+            let key = ChunkKey {
+                volume: config.id,
+                layer: config.head,
+                chunk,
+            };
+            let request = Request::Digest {
+                chunk: ChunkRef {
+                    key,
+                    incarnation: slot.incarnation,
+                },
+                region: (usize::from(extent) / EXTENTS_PER_REGION) as u8,
+                verify: true,
+            };
+            self.count("mended blocks");
+            if let Reply::Digest { extents, .. } = self.ask(node, request)?
+                && extents[usize::from(extent) % EXTENTS_PER_REGION].bad >> block & 1 == 1
+            {
+                return Err(format!(
+                    "disk {node} chunk {chunk} extent {extent} block {block}: read, found bad, and never made good"
+                ));
+            }
         }
         Ok(())
     }

@@ -2,8 +2,8 @@
 
 use unibody_control::planner;
 use unibody_control::state::{Applied, Command, NodeId};
-use unibody_dataplane::config::{Slot, SlotState};
-use unibody_dataplane::ids::PowerId;
+use unibody_dataplane::config::{Change, Slot, SlotState, VolumeConfig};
+use unibody_dataplane::ids::{DiskUuid, PowerId};
 use unibody_dataplane::mirror::{Limits, Mirror, Phase};
 use unibody_dataplane::store::{OpenOptions, Store, layout::Layout};
 
@@ -20,6 +20,13 @@ impl World {
         self.mark(&[6, self.now, owner]);
         self.leaving = 0;
         for node in 0..self.nodes.len() {
+            if self.faulty && self.random.one_in(self.profile.absent) {
+                self.count("disk away at the start");
+                let boot = self.nodes[node].boot;
+                let delay = self.random.range(1_000, 6_000_000);
+                self.after(delay, Event::Open { node, boot });
+                continue;
+            }
             self.open_disk(node)?;
         }
         let attach = Command::Attach {
@@ -78,7 +85,7 @@ impl World {
             Ok((store, report)) => {
                 there.store = Some(store);
                 (there.up, there.cut, there.failed, there.batched) = (true, false, false, false);
-                there.tags.clear();
+                (there.tags, there.reads) = Default::default();
                 note!(self, "open {node} {report:?}");
                 self.mark(&[
                     7,
@@ -147,7 +154,7 @@ impl World {
         there.boot += 1;
         there.line += 1;
         (there.cut, there.stuck, there.failed, there.batched) = (false, false, false, false);
-        there.tags.clear();
+        (there.tags, there.reads) = Default::default();
         let uuid = there.uuid;
         if up {
             self.mirror(|mirror, out| mirror.disk_down(uuid, out))?;
@@ -228,7 +235,7 @@ impl World {
             there.line += 1;
             (there.up, there.cut, there.stuck, there.failed, there.batched) =
                 (false, false, false, false, false);
-            there.tags.clear();
+            (there.tags, there.reads) = Default::default();
         }
         self.mirror = None;
         self.attached = false;
@@ -298,7 +305,7 @@ impl World {
     }
 
     /// A disk is taken away for good and an empty one put in, if every chunk has a copy elsewhere.
-    fn replace(&mut self, node: usize) -> Checked {
+    pub(super) fn replace(&mut self, node: usize) -> Checked {
         let (uuid, serving) = (self.nodes[node].uuid, |world: &Self, disk| {
             world.node(disk).is_some_and(|n| {
                 let there = &world.nodes[n];
@@ -325,6 +332,56 @@ impl World {
         self.nodes.push(fresh);
         if self.mirror.is_some() {
             self.open_disk(self.nodes.len() - 1)?;
+        }
+        Ok(())
+    }
+
+    /// After a promotion: the fate of the disk that was copied from.
+    pub(super) fn betray(&mut self, before: &VolumeConfig, command: &Command) {
+        let Command::Propose { proposal, .. } = command else {
+            return;
+        };
+        let Change::MarkInSync { disk, chunks, .. } = &proposal.change else {
+            return;
+        };
+        let after = self.config();
+        let source = chunks.iter().find_map(|&c| {
+            let slots = &before.chunks[c as usize];
+            let was = slots.iter().find(|slot| slot.disk == *disk)?;
+            let is = after.chunks[c as usize].iter().find(|slot| slot.disk == *disk)?;
+            if (was.state, is.state) != (SlotState::Rebuilding, SlotState::InSync) {
+                return None;
+            }
+            let other = slots
+                .iter()
+                .find(|slot| slot.state == SlotState::InSync && slot.disk != *disk)?;
+            Some(other.disk)
+        });
+        if let Some(disk) = source
+            && self.faulty
+            && self.random.one_in(self.profile.betrayal)
+        {
+            let delay = self.random.below(2_000);
+            self.after(delay, Event::Betrayal { disk, power: false });
+        }
+    }
+
+    pub(super) fn betrayal(&mut self, disk: DiskUuid, power: bool) -> Checked {
+        if !self.faulty {
+            return Ok(());
+        }
+        if power {
+            self.count("power lost");
+            return self.crash(true, false);
+        }
+        let Some(node) = self.node(disk) else {
+            return Ok(());
+        };
+        self.replace(node)?;
+        if self.nodes[node].gone {
+            self.count("disk copied from destroyed");
+            let delay = self.random.below(30_000);
+            self.after(delay, Event::Betrayal { disk, power: true });
         }
         Ok(())
     }
@@ -433,6 +490,15 @@ impl World {
             return;
         }
         let block = used[self.random.below(used.len() as u64) as usize];
+        if within && self.profile.weak > 0 {
+            if block >= data && self.weak < self.profile.weak {
+                note!(self, "weak {node} {block:x}");
+                self.weak += 1;
+                self.nodes[node].disk.weaken(block);
+                self.count("weak block");
+            }
+            return;
+        }
         note!(self, "rot {node} {block:x}");
         if block >= data && self.random.one_in(3) {
             self.nodes[node].disk.spoil(block);

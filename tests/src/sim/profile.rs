@@ -39,6 +39,12 @@ pub struct Profile {
     pub latency: (u64, u64),
     /// Microseconds of a message: least and spread.
     pub message: (u64, u64),
+    /// Microseconds that a decision of the control state takes longer than its messages, at most.
+    pub decision: u64,
+    /// Once in so many promotions the disk that was copied from is destroyed at once, and power lost soon after.
+    pub betrayal: u64,
+    /// A disk is away for seconds when the data plane starts, once in so many.
+    pub absent: u64,
     /// Operations of the faulty phase.
     pub ops: u64,
     /// Guest operations at a time.
@@ -81,6 +87,8 @@ pub struct Profile {
     pub damage: Damage,
     /// Rot, latent errors: once in so many milliseconds.
     pub rot: u64,
+    /// Blocks of data on the damaged disk that rot again after each write, for ever.
+    pub weak: u64,
     /// Lost and misdirected writes: once in so many writes.
     pub stray: u64,
     /// Everything is verified in the background every so many milliseconds.
@@ -90,8 +98,75 @@ pub struct Profile {
 }
 
 impl Profile {
-    /// The profile of a seed.
+    /// The profile of a seed: mostly anything, for every fourth one of the storms.
     pub fn draw(seed: u64) -> Self {
+        let profile = Profile::draw_any(seed);
+        if seed.is_multiple_of(4) {
+            profile.storm()
+        } else {
+            profile
+        }
+    }
+
+    /// Two copies and a few faults that follow each other closely: what seldom meets by chance.
+    fn storm(self) -> Self {
+        let mut r = Random::new(self.seed ^ 0x7374_6f72_6d21_2121);
+        let base = Profile {
+            disks: 2,
+            disk_bytes: 16 << 20,
+            mirror: 2,
+            width: 1,
+            volatile: true,
+            latency: r.pick(&[(20, 60), (50, 500), (10, 3000)]),
+            ops: r.range(100, 300),
+            depth: r.pick(&[4, 8, 16]),
+            think: r.pick(&[1000, 20_000]),
+            pause: 0,
+            hot: r.pick(&[2, 8]),
+            spread: r.pick(&[4, 24]),
+            scrub_ms: 0,
+            ..Profile::calm(self.seed)
+        };
+        match self.seed / 4 % 4 {
+            // Power lost right after flushes.
+            0 => Profile {
+                mix: (20, 20, 5),
+                power: 150,
+                ..base
+            },
+            // A control state that decides slowly while replicas come and go.
+            1 => Profile {
+                disks: r.range(2, 3),
+                mix: (40, 5, 5),
+                decision: r.pick(&[100_000, 3_000_000]),
+                depth: 8,
+                think: 200_000,
+                disconnect: 250,
+                disk_loss: 400,
+                kill: 800,
+                absent: 3,
+                ..base
+            },
+            // Long spells with one copy, and power lost in them.
+            2 => Profile {
+                mix: (30, 1, 5),
+                disk_loss: 300,
+                power: 400,
+                ..base
+            },
+            // The copy that was copied from goes as soon as it may.
+            _ => Profile {
+                disks: 3,
+                mix: (20, 2, 5),
+                replace: 1_500,
+                disk_loss: 2_000,
+                betrayal: 2,
+                ..base
+            },
+        }
+    }
+
+    fn draw_any(seed: u64) -> Self {
         let mut r = Random::new(seed ^ 0x7072_6f66_696c_6521);
         let disks = r.range(1, 5);
         let mirror = r.range(1, disks.min(3)) as u32;
@@ -123,6 +198,9 @@ impl Profile {
             volatile: r.below(4) != 0,
             latency: r.pick(&[(20, 60), (50, 500), (10, 3000), (500, 5000)]),
             message: r.pick(&[(1, 5), (5, 100), (1, 2000)]),
+            decision: 0,
+            betrayal: 0,
+            absent: 0,
             ops: r.range(100, 500),
             depth: r.pick(&[1, 4, 8, 16]),
             think: r.pick(&[10, 1000, 20_000]),
@@ -148,6 +226,7 @@ impl Profile {
             } else {
                 r.pick(&[100, 500, 2000])
             },
+            weak: 0,
             stray: if damage == Damage::Within {
                 r.pick(&[0, 100, 400])
             } else {
@@ -175,8 +254,27 @@ impl Profile {
             open_crash: 0,
             damage: Damage::None,
             rot: 0,
+            weak: 0,
             stray: 0,
-            ..Profile::draw(seed)
+            ..Profile::draw_any(seed)
+        }
+    }
+
+    /// A disk with blocks that do not keep what is written to them, beside sound disks, one of them to spare.
+    pub fn weak(seed: u64) -> Self {
+        let base = Profile::calm(seed);
+        let mirror = 2 + (seed % 2) as u32;
+        Profile {
+            disks: u64::from(mirror) + 1,
+            disk_bytes: 24 << 20,
+            mirror,
+            spread: base.spread.min(24),
+            damage: Damage::Within,
+            rot: 300,
+            weak: 1 + seed % 4,
+            scrub_ms: if seed.is_multiple_of(3) { 3_000 } else { 0 },
+            io_timeout_ms: 3_000,
+            ..base
         }
     }
 }

@@ -7,6 +7,7 @@
 use std::collections::BTreeMap;
 
 use unibody_dataplane::checksum::crc32c;
+use unibody_dataplane::config::SlotState;
 use unibody_dataplane::ids::BLOCK;
 use unibody_dataplane::memory::{Arena, Payload};
 use unibody_dataplane::mirror::{OpError, OpId, OpKind};
@@ -17,7 +18,7 @@ use super::random::Random;
 use super::world::{Checked, Event, World, note};
 
 /// Sectors of a block.
-pub(super) const SECTORS: u64 = (BLOCK / SECTOR) as u64;
+pub(crate) const SECTORS: u64 = (BLOCK / SECTOR) as u64;
 
 /// A guest's operation.
 pub(super) struct Op {
@@ -29,10 +30,12 @@ pub(super) struct Op {
     memory: Arena,
     crcs: Vec<u32>,
     answered: bool,
+    /// The configuration in which it was submitted, if that has one copy left of all that it touches.
+    alone: Option<(u64, u32)>,
 }
 
 /// A guest's slots and what is left to do.
-pub(super) struct Guest {
+pub(crate) struct Guest {
     pub(super) ops: BTreeMap<u32, Op>,
     buried: Vec<Arena>,
     pub(super) left: u64,
@@ -44,7 +47,7 @@ pub(super) struct Guest {
 }
 
 impl Guest {
-    pub(super) fn new(profile: &Profile, size: u64, random: &mut Random) -> Self {
+    pub(crate) fn new(profile: &Profile, size: u64, random: &mut Random) -> Self {
         let blocks = profile.spread * 16;
         let border = |random: &mut Random| {
             (random.below(profile.spread.max(2)) * 16 + random.below(3)).min(blocks - 1)
@@ -61,7 +64,7 @@ impl Guest {
         }
     }
 
-    fn draw(&self, profile: &Profile, random: &mut Random) -> (OpKind, u64, u64) {
+    pub(crate) fn draw(&self, profile: &Profile, random: &mut Random) -> (OpKind, u64, u64) {
         let (reads, flushes, zeros) = profile.mix;
         let dice = random.below(100);
         let kind = match dice {
@@ -97,7 +100,7 @@ impl Guest {
     }
 }
 
-fn stamp(bytes: &mut [u8], id: u64, sector: u64) {
+pub(crate) fn stamp(bytes: &mut [u8], id: u64, sector: u64) {
     bytes.fill(id as u8);
     bytes[..8].copy_from_slice(&id.to_le_bytes());
     bytes[8..16].copy_from_slice(&sector.to_le_bytes());
@@ -108,7 +111,7 @@ fn word(bytes: &[u8], at: usize) -> u64 {
 }
 
 /// The id of the write that a sector's bytes come from.
-fn whose(bytes: &[u8], sector: u64) -> Result<u64, String> {
+pub(crate) fn whose(bytes: &[u8], sector: u64) -> Result<u64, String> {
     let id = word(bytes, 0);
     if bytes.iter().all(|&b| b == 0) {
         return Ok(0);
@@ -126,7 +129,7 @@ fn whose(bytes: &[u8], sector: u64) -> Result<u64, String> {
 }
 
 /// Fills with zeros what a payload names.
-pub(super) fn fill_zeros(data: Payload, len: u32) {
+pub(crate) fn fill_zeros(data: Payload, len: u32) {
     // SAFETY: memory of an operation that has not been released; no device reads into holes.
     let missing = unsafe { data.pieces(len as usize, |ptr, n| ptr.write_bytes(0, n)) };
     assert_eq!(missing, 0, "a hole lies within the read's memory");
@@ -177,6 +180,7 @@ impl World {
             memory,
             crcs: Vec::new(),
             answered: false,
+            alone: None,
         };
         self.guest.ops.insert(slot, op);
         self.send(slot)
@@ -187,7 +191,9 @@ impl World {
         if self.mirror.is_none() || self.leaving > 0 {
             return Ok(());
         }
+        let alone = self.alone(&self.guest.ops[&slot]);
         let op = self.guest.ops.get_mut(&slot).expect("an operation of that slot");
+        op.alone = alone;
         let (kind, first, end) = (op.kind, op.first, op.end);
         let pages = op.memory.pages();
         op.crcs.clear();
@@ -208,6 +214,22 @@ impl World {
         let (data, crcs) = (op.memory.payload(0), op.crcs.clone());
         let (offset, len) = (first * SECTOR as u64, (end - first) * SECTOR as u64);
         self.mirror(|mirror, out| mirror.submit(OpId(slot), kind, offset, len, data, &crcs, out))
+    }
+
+    /// Whether the owner believes that all chunks of a write have one copy left of two or more, and since when.
+    fn alone(&self, op: &Op) -> Option<(u64, u32)> {
+        let config = self.mirror.as_ref().filter(|_| self.attached)?.config();
+        let one = |sector: u64| {
+            let slots = &config.chunks[config.geometry.locate(sector * SECTOR as u64).0 as usize];
+            slots.len() > 1
+                && slots
+                    .iter()
+                    .filter(|slot| slot.state == SlotState::InSync)
+                    .count()
+                    == 1
+        };
+        let all = op.kind == OpKind::Write && (op.first..op.end).all(one);
+        all.then_some((self.owner, config.config))
     }
 
     /// What was under way when the data plane died is submitted again.
@@ -263,6 +285,9 @@ impl World {
             .filter(|op| !op.answered)
             .map(|op| op.begun)
             .min();
+        let there = self.guest.ops.get(&slot).ok_or("an answer to no operation")?;
+        // With one copy left a write is flushed before it is acknowledged.
+        let durable = result.is_ok() && there.alone.is_some() && self.alone(there) == there.alone;
         let op = self.guest.ops.get_mut(&slot).ok_or("an answer to no operation")?;
         if std::mem::replace(&mut op.answered, true) {
             return Err(format!("operation {slot} was answered twice"));
@@ -299,7 +324,12 @@ impl World {
                 let id = if kind == OpKind::Write { id } else { 0 };
                 for sector in op.first..op.end {
                     match result {
-                        Ok(()) => self.checker.acked(sector, id, begun, now, horizon.unwrap_or(now)),
+                        Ok(()) => {
+                            self.checker.acked(sector, id, begun, now, horizon.unwrap_or(now));
+                            if durable {
+                                self.checker.durable(sector, begun);
+                            }
+                        }
                         Err(_) => self.checker.failed(sector, id, begun, now),
                     }
                 }

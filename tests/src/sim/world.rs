@@ -4,7 +4,7 @@
 //! the mirror and one disk stay in order in both directions; everything else may overtake.
 
 use std::cmp::Reverse;
-use std::collections::{BTreeMap, BinaryHeap};
+use std::collections::{BTreeMap, BTreeSet, BinaryHeap};
 
 use unibody_control::planner;
 use unibody_control::state::{Applied, Command, NodeId, State};
@@ -13,12 +13,14 @@ use unibody_dataplane::disk::{Completion, Io, IoError};
 use unibody_dataplane::ids::{BootId, DiskUuid, PowerId};
 use unibody_dataplane::memory::Payload;
 use unibody_dataplane::mirror::{self, Mirror, RequestId};
-use unibody_dataplane::replica::{Header, Reply, Request};
+use unibody_dataplane::replica::{Header, Reply, Request, Span};
 use unibody_dataplane::store::{self, FormatOptions, Store, Tag};
 
 use super::disk::{Mishap, VirtualDisk};
 use super::profile::{Damage, Profile};
 use super::random::Random;
+use super::script::Crash;
+use super::trace::{brief, brief_io, brief_request, weight};
 use super::work::Guest;
 use crate::checker::Checker;
 
@@ -26,7 +28,7 @@ use crate::checker::Checker;
 pub(super) const NAME: &str = "v";
 
 /// Nothing, or what was violated.
-pub(super) type Checked = Result<(), String>;
+pub(crate) type Checked = Result<(), String>;
 
 /// What a run did and reached.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -117,6 +119,11 @@ pub(super) enum Event {
         node: usize,
         line: u64,
     },
+    /// A disk that was copied from is destroyed, and then the power goes.
+    Betrayal {
+        disk: DiskUuid,
+        power: bool,
+    },
     /// A clean restart goes on.
     Leave {
         owner: u64,
@@ -143,6 +150,7 @@ pub(super) struct Node {
     /// Replaced.
     pub(super) gone: bool,
     pub(super) tags: BTreeMap<u64, (u64, RequestId)>,
+    pub(super) reads: BTreeMap<u64, Span>,
     pub(super) last_in: u64,
     pub(super) last_out: u64,
     pub(super) batched: bool,
@@ -182,6 +190,13 @@ pub struct World {
     pub(super) asked: Option<Reply>,
     /// The disk that integrity faults are confined to.
     pub(super) victim: usize,
+    /// Blocks of it that are weak by now.
+    pub(super) weak: u64,
+    /// Bad blocks that the owner met when no fault happened any more: disk, chunk, extent, block.
+    pub(super) met: BTreeSet<(usize, u32, u16, u8)>,
+    /// I/Os that changed or flushed a disk, and at which of them the run is cut.
+    pub(super) points: u64,
+    pub(super) crash: Option<Crash>,
     /// Statistics.
     pub stats: Stats,
 }
@@ -193,7 +208,7 @@ macro_rules! note {
         }
     };
 }
-pub(super) use note;
+pub(crate) use note;
 
 impl World {
     /// A world before its first event.
@@ -245,6 +260,10 @@ impl World {
             leaving: 0,
             asked: None,
             victim,
+            weak: 0,
+            met: BTreeSet::new(),
+            points: 0,
+            crash: None,
             stats: Stats::default(),
         }
     }
@@ -278,6 +297,7 @@ impl World {
             stuck: false,
             gone: false,
             tags: BTreeMap::new(),
+            reads: BTreeMap::new(),
             last_in: 0,
             last_out: 0,
             batched: false,
@@ -355,6 +375,11 @@ impl World {
                 self.tag += 1;
                 let tag = self.tag;
                 there.tags.insert(tag, (owner, id));
+                if let Request::Read { span, raw: false, .. } = &request
+                    && !self.faulty
+                {
+                    there.reads.insert(tag, *span);
+                }
                 self.mark(&[1, self.now, node as u64, u64::from(id.0)]);
                 self.store(node, |store, out| store.submit(Tag(tag), header, request, out))
             }
@@ -386,6 +411,7 @@ impl World {
                     name: NAME.into(),
                     proposal,
                 };
+                let before = self.config();
                 let Ok(Applied::Outcome(outcome)) = self.control.apply(&command) else {
                     return Err("a proposal was refused".into());
                 };
@@ -396,6 +422,7 @@ impl World {
                 };
                 note!(self, "decided {kind} {command:?}");
                 self.mark(&[4, self.now, owner, kind]);
+                self.betray(&before, &command);
                 let delay = self.message_delay() * 3;
                 self.after(delay, Event::Decided { owner, outcome });
                 Ok(())
@@ -430,6 +457,7 @@ impl World {
                     Ok(())
                 }
             }
+            Event::Betrayal { disk, power } => self.betrayal(disk, power),
             Event::Leave { owner, patience } => self.go_on_leaving(owner, patience),
         }
     }
@@ -479,6 +507,14 @@ impl World {
                         .tags
                         .remove(&tag.0)
                         .ok_or("a store answered a request twice")?;
+                    if let (Some(span), Reply::Read { bad, lost, .. }) = (there.reads.remove(&tag.0), &reply)
+                    {
+                        let bad = bad & !lost;
+                        let blocks = (0..16).filter(|b| bad >> b & 1 == 1);
+                        let at = |b| (node, span.chunk.key.chunk, span.extent, b);
+                        self.met.extend(blocks.map(at));
+                    }
+                    let there = &mut self.nodes[node];
                     let line = there.line;
                     if owner == u64::MAX {
                         self.asked = Some(reply);
@@ -565,9 +601,15 @@ impl World {
             self.power_was_lost = true;
         }
         let there = &mut self.nodes[node];
+        let point = there.disk.is_change(serial);
         let completion: Completion = there.disk.complete(serial, &mut self.random);
         note!(self, "io done {node} {serial} {:?}", completion.result);
         self.mark(&[2, self.now, node as u64, serial, u64::from(completion.crcs[0])]);
+        self.points += u64::from(point);
+        if let Some(crash) = self.crash.filter(|crash| point && crash.at == self.points) {
+            // Done, and nobody was told.
+            return self.crash(crash.power, false);
+        }
         self.store(node, |store, out| store.completed(completion, out))
     }
 
@@ -626,7 +668,7 @@ impl World {
                 mirror::Effect::Done { op, result, released } => self.op_done(op.0, result, released)?,
                 mirror::Effect::Release { op } => self.op_released(op.0)?,
                 mirror::Effect::Propose(proposal) => {
-                    let delay = self.message_delay() * 5;
+                    let delay = self.message_delay() * 5 + self.random.below(self.profile.decision);
                     let owner = self.owner;
                     self.after(delay, Event::Decide { owner, proposal });
                 }
@@ -683,85 +725,5 @@ impl World {
 
     pub(super) fn new_boot(&mut self) -> BootId {
         BootId(self.random.name())
-    }
-}
-
-pub(super) fn brief(reply: &Reply) -> String {
-    match reply {
-        Reply::Digest { in_doubt, extents } => {
-            let some: Vec<_> = extents
-                .iter()
-                .enumerate()
-                .filter(|(_, e)| e.image.version.0 != 0)
-                .map(|(i, e)| {
-                    format!(
-                        "{i}:{:x}/{:x}z{:x}b{:x}",
-                        e.image.version.0, e.image.valid, e.image.zero, e.bad
-                    )
-                })
-                .collect();
-            format!("Digest doubt={in_doubt} {some:?}")
-        }
-        Reply::Read { holes, bad, lost, .. } => format!("Read holes={holes:x} bad={bad:x} lost={lost:x}"),
-        other => format!("{other:?}"),
-    }
-}
-
-fn weight(reply: &Reply) -> u64 {
-    match reply {
-        Reply::Done => 1,
-        Reply::Sealed(sealed) => sealed
-            .chunks
-            .iter()
-            .fold(2, |all, chunk| all.rotate_left(1) ^ chunk.1),
-        Reply::Read { holes, bad, crcs, .. } => {
-            u64::from(*holes) << 48 ^ u64::from(*bad) << 32 ^ u64::from(crcs[0])
-        }
-        Reply::Digest { in_doubt, extents } => extents.iter().fold(u64::from(*in_doubt), |all, e| {
-            all.rotate_left(7) ^ e.image.version.0 ^ u64::from(e.bad)
-        }),
-        Reply::Refused(status) => 1 << 40 | *status as u64,
-    }
-}
-
-pub(super) fn brief_request(request: &Request) -> String {
-    match request {
-        Request::Write { span, version, .. } => {
-            format!(
-                "Write c{} e{} {}+{} v{:x}",
-                span.chunk.key.chunk, span.extent, span.first, span.count, version.0
-            )
-        }
-        Request::Zero { span, version } => {
-            format!(
-                "Zero c{} e{} {}+{} v{:x}",
-                span.chunk.key.chunk, span.extent, span.first, span.count, version.0
-            )
-        }
-        Request::Read { span, raw, .. } => {
-            format!(
-                "Read c{} e{} {}+{} raw={raw}",
-                span.chunk.key.chunk, span.extent, span.first, span.count
-            )
-        }
-        Request::Install {
-            chunk,
-            extent,
-            image,
-            write,
-            ..
-        } => format!(
-            "Install c{} e{extent} v{:x} valid={:x} zero={:x} lost={:x} write={write:x}",
-            chunk.key.chunk, image.version.0, image.valid, image.zero, image.lost
-        ),
-        other => format!("{other:?}"),
-    }
-}
-
-fn brief_io(io: &Io) -> String {
-    match io {
-        Io::Read { offset, len, .. } => format!("read {offset:x}+{len:x}"),
-        Io::Write { offset, len, .. } => format!("write {offset:x}+{len:x}"),
-        other => format!("{other:?}"),
     }
 }

@@ -149,6 +149,58 @@ fn a_hung_disk_holds_up_no_request_of_the_guest() {
     assert_eq!(node.terminate(), Some(0));
 }
 
+/// A volume whose only disk hangs keeps what its requests have of the reactor's memory, and leaves enough to the others.
+#[test]
+fn a_volume_that_hangs_does_not_starve_the_others() {
+    let place = Place::new();
+    let (a, b) = (place.disk("a.img", "256M"), place.disk("b.img", "256M"));
+    let node = Node::start(&[
+        "--faults",
+        "--disk",
+        &a,
+        "--state",
+        &place.str("state"),
+        "--volume",
+        &place.volume("v", "size=64M,mirror=1"),
+    ]);
+    let (v, w) = (place.str("v.sock"), place.str("w.sock"));
+    // The second volume goes where there is more room: to the second disk.
+    node.run(&["disk", "add", &b]);
+    node.run(&[
+        "volume",
+        "create",
+        "w",
+        "--size",
+        "64M",
+        "--mirror",
+        "1",
+        "--stripe-width",
+        "1",
+        "--socket",
+        &w,
+    ]);
+    node.wait("both volumes serve", |status| {
+        let volumes = status["volumes"].as_array().unwrap();
+        volumes.iter().all(|volume| volume["state"] == "healthy")
+    });
+    node.run(&["disk", "fault", &a, "stuck"]);
+    // Twice as many requests as the reactor has large buffers for. They fail in the end.
+    let hangs = std::thread::spawn(move || {
+        fails(&["bench", &v, "--fill", "--bs", "1M", "--iodepth", "128"]);
+    });
+    let requests = |status: &serde_json::Value| status["reactors"][0]["counters"]["requests"].as_u64();
+    node.wait("they are taken", |status| requests(status) >= Some(32));
+    runs(&["bench", &w, "--fill", "--bs", "1M", "--iodepth", "8"]);
+    assert!(!hangs.is_finished(), "the first volume still hangs");
+    runs(&["bench", &w, "--verify-only", "--bs", "64K"]);
+    hangs.join().unwrap();
+    node.run(&["disk", "fault", &a, "none"]);
+    node.wait("the last I/O has ended", |status| {
+        status["disks"][0]["state"] != "leaving"
+    });
+    assert_eq!(node.terminate(), Some(0));
+}
+
 #[test]
 fn a_replaced_disk_is_not_forgotten_by_a_crash() {
     let place = Place::new();

@@ -354,6 +354,52 @@ fn truncated_memory_fails_its_device_only() {
     assert_eq!((status(&other, 0), counter(&other, "memory_truncated")), (0, 0));
 }
 
+/// The page goes while the request is carried out, and nobody polls before it is completed.
+#[test]
+fn a_request_that_met_a_hole_fails_at_once() {
+    let guest = Guest::new(16, false).unwrap();
+    let mut queue = guest.queue(0, false, None);
+    simple(&guest, 0, 0, 0, 512);
+    guest.offer(0, 0);
+    guest.set_avail_idx(1);
+    let request = poll(&mut queue)[0];
+    guest.file.set_len(0xc000).unwrap();
+    let seg = queue.segs(&request)[0];
+    assert!(!queue.poisoned());
+    // SAFETY: mapped; the hole behind it is what the handler covers.
+    unsafe { seg.ptr.write_volatile(1) };
+    queue.complete(request.head, Completion::Ok);
+    queue.publish();
+    assert_eq!(
+        counter(&guest, "requests_failed") + counter(&guest, "memory_truncated"),
+        1
+    );
+    assert!(queue.poisoned());
+}
+
+/// Each hole that is covered is a mapping of this process, and the kernel allows it a limited number.
+#[test]
+fn truncating_often_uses_up_no_mappings() {
+    const BYTES: u64 = 8 << 30;
+    let file = crate::frontend::session::shared_memory(BYTES, false).unwrap();
+    let mapping = crate::frontend::guest::Mapping::new(&file, 0, BYTES).unwrap();
+    let maps = || {
+        std::fs::read_to_string("/proc/self/maps")
+            .unwrap()
+            .lines()
+            .count()
+    };
+    file.set_len(0).unwrap();
+    let before = maps();
+    for at in (0..BYTES as usize).step_by((64 << 20) + 4096) {
+        // SAFETY: inside the mapping; what is not there is covered by the handler.
+        assert_eq!(unsafe { mapping.start().wrapping_add(at).read_volatile() }, 0);
+    }
+    assert!(mapping.poisoned());
+    // Other tests of this process map things as well, but not a hundred.
+    assert!(maps() < before + 60, "{} mappings more", maps() - before);
+}
+
 #[test]
 fn other_bus_errors_still_end_the_process() {
     if std::env::var_os("UNIBODY_TEST_SIGBUS").is_some() {

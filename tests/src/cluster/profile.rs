@@ -1,0 +1,134 @@
+//! What a seed draws: the cluster, the load and the faults of its run.
+
+use crate::sim::profile::Profile as Base;
+use crate::sim::random::Random;
+
+/// A run. Rates are "once in so many milliseconds" of the faulty phase; zero is never.
+#[derive(Clone, Copy, Debug)]
+pub struct Profile {
+    /// Of the run.
+    pub seed: u64,
+    /// Load and disks, as on one node.
+    pub base: Base,
+    /// Nodes.
+    pub nodes: usize,
+    /// Disks of a node, at most; each draws its own number.
+    pub disks: u64,
+    /// Microseconds of a message between nodes: least and spread.
+    pub message: (u64, u64),
+    /// Microseconds of a message of the consensus: least and spread.
+    pub consensus: (u64, u64),
+    /// Microseconds that a node lags behind in applying, at most.
+    pub lag: u64,
+    /// The answer to a proposal is lost once in so many.
+    pub lost_answer: u64,
+    /// Requests that a node may have out at another.
+    pub credits: usize,
+    /// A node's process is killed.
+    pub kill: u64,
+    /// A node loses power.
+    pub power: u64,
+    /// All nodes are killed or lose power.
+    pub blackout: u64,
+    /// A node's process stands still for up to fifteen seconds.
+    pub pause: u64,
+    /// Nodes can not hear each other, in one or both directions.
+    pub cut: u64,
+    /// A node does not hear of the consensus, but of all else.
+    pub isolate: u64,
+    /// A connection breaks.
+    pub snap: u64,
+    /// Another leader.
+    pub leader: u64,
+    /// No quorum for up to twenty seconds.
+    pub stall: u64,
+    /// A disk is away for a while.
+    pub disk_loss: u64,
+    /// A disk is destroyed and an empty one put in.
+    pub destroy: u64,
+    /// A node is gone for good, at most one.
+    pub gone: u64,
+    /// The owner lets go.
+    pub leave: u64,
+}
+
+impl Profile {
+    /// The profile of a seed.
+    pub fn draw(seed: u64) -> Self {
+        let mut r = Random::new(seed ^ 0x636c_7573_7465_7221);
+        let nodes = r.pick(&[3, 3, 3, 4, 5]);
+        let mirror = r.pick(&[1, 2, 2, 2, 3]);
+        let ops = r.range(60, 220);
+        let depth = r.pick(&[1, 2, 4, 8]);
+        let seconds = r.pick(&[4, 15, 30, 40]);
+        let base = Base {
+            disks: 1,
+            disk_bytes: 16 << 20,
+            mirror,
+            unit: r.pick(&[64 << 10, 128 << 10, 1 << 20]),
+            width: r.range(1, 3) as u32,
+            volatile: r.below(4) != 0,
+            latency: r.pick(&[(20, 60), (50, 500), (10, 3000), (1000, 60_000)]),
+            ops,
+            depth,
+            think: seconds * 2_000_000 * u64::from(depth) / ops,
+            pause: 0,
+            hot: r.pick(&[1, 2, 8]),
+            spread: r.pick(&[2, 8, 24]),
+            mix: r.pick(&[(40, 5, 5), (60, 2, 5), (20, 2, 15), (30, 15, 5)]),
+            slow: r.pick(&[0, 0, 200, 40]),
+            scrub_ms: 0,
+            io_timeout_ms: r.pick(&[0, 0, 10_000]),
+            ..Base::calm(seed)
+        };
+        let mut rate = |common: u64, of: u64| if r.below(of) == 0 { common } else { 0 };
+        Profile {
+            seed,
+            base,
+            nodes,
+            kill: rate(5_000, 2),
+            power: rate(8_000, 3),
+            blackout: rate(15_000, 4),
+            pause: rate(6_000, 2),
+            cut: rate(4_000, 2),
+            isolate: rate(5_000, 3),
+            snap: rate(400, 3),
+            leader: rate(4_000, 3),
+            stall: rate(12_000, 5),
+            disk_loss: rate(5_000, 3),
+            destroy: if mirror > 1 { rate(8_000, 4) } else { 0 },
+            gone: if nodes > mirror as usize && mirror > 1 {
+                rate(10_000, 4)
+            } else {
+                0
+            },
+            leave: rate(8_000, 4),
+            disks: r.pick(&[1, 1, 2, 3]),
+            message: r.pick(&[(20, 50), (50, 500), (100, 5000), (1000, 50_000)]),
+            consensus: r.pick(&[(100, 2000), (1000, 20_000), (1000, 1_000_000)]),
+            lag: r.pick(&[100, 5_000, 500_000]),
+            lost_answer: r.pick(&[0, 20, 4]),
+            credits: r.pick(&[2, 8, 64]),
+        }
+    }
+
+    /// A run without any fault.
+    pub fn calm(seed: u64) -> Self {
+        Profile {
+            kill: 0,
+            power: 0,
+            blackout: 0,
+            pause: 0,
+            cut: 0,
+            isolate: 0,
+            snap: 0,
+            leader: 0,
+            stall: 0,
+            disk_loss: 0,
+            destroy: 0,
+            gone: 0,
+            leave: 0,
+            ..Profile::draw(seed)
+        }
+    }
+}
