@@ -11,12 +11,12 @@ use crate::geometry::Piece as Place;
 use crate::ids::{BLOCK, BlockMask, EXTENTS_PER_REGION, Version, block_mask};
 use crate::memory::{Arena, Payload};
 use crate::planted::{self, Bug};
-use crate::replica::{ChunkRef, Crcs, Reply, Request, Span, Status};
+use crate::replica::{Crcs, Reply, Request, Span, Status};
 
 use super::chunks::Lost;
 use super::disks::{Pending, Purpose};
 use super::slab::NIL;
-use super::{DiskIndex, Effect, Mirror, OpError, OpId, OpKind, Phase, WINDOW};
+use super::{Effect, Mirror, OpError, OpId, OpKind, Phase, WINDOW};
 
 /// Most bytes of a read or write.
 pub(super) const LEN_MAX: u64 = 1 << 20;
@@ -248,26 +248,6 @@ impl Mirror {
             self.feed(op, crcs);
         }
         self.pump(out);
-    }
-
-    /// The replicas that an operation at byte `offset` will ask, as far as that is known before: for a write all, for a
-    /// read one. Only a hint.
-    #[inline]
-    pub fn foresee(&self, offset: u64, write: bool, mut visit: impl FnMut(DiskIndex, ChunkRef, u16)) {
-        let place = self.config.geometry.piece(offset / BLOCK as u64, 1);
-        let Some(chunk) = self.chunks.get(place.chunk as usize) else {
-            return;
-        };
-        let mut slots = chunk.readable();
-        if !write {
-            slots &= slots.wrapping_neg();
-        }
-        while slots != 0 {
-            let slot = slots.trailing_zeros() as u8;
-            slots &= slots - 1;
-            let disk = DiskIndex(chunk.slots[usize::from(slot)].disk);
-            visit(disk, self.chunk_ref(place.chunk, slot), place.extent);
-        }
     }
 
     /// Cuts the operation into pieces, as many as may be under way.
