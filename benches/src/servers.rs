@@ -136,7 +136,8 @@ pub(crate) fn start(args: &Args, contender: &Contender) -> Result<Server> {
         }
         Contender::UnibodyFile(place) => {
             let (disk, state) = (file(args, place, "disk"), file(args, Place::Tmpfs, "state"));
-            // Written once, so that neither contender pays for allocating blocks of the file system.
+            // As for the peer. Formatting gives the space back, so filling the range allocates it anew before the measurement;
+            // only the journal's first round does so during it.
             fill_file(&disk)?;
             let format = Command::new(&args.unibody)
                 .args(["disk", "format"])
@@ -242,6 +243,7 @@ pub(crate) fn fio(
         "-c",
         "1",
         "fio",
+        "--thread",
         "--name=peer",
         "--ioengine=io_uring",
         "--registerfiles",

@@ -78,6 +78,11 @@ impl BufferPool {
         self.arena.span()
     }
 
+    /// The memory of the small buffers, for the same: registered memory is resident, and the large ones would be most of it.
+    pub fn small_span(&self) -> (*mut u8, usize) {
+        (self.arena.span().0, self.extents_from as usize * BLOCK)
+    }
+
     /// Buffers for `len` bytes (at most [`REQUEST_MAX`]) at byte `offset` of a volume. `None`: none are left, wait.
     #[inline]
     pub fn take(&mut self, offset: u64, len: u32) -> Option<Lent> {

@@ -98,6 +98,36 @@ unsafe fn copy_avx(from: *const u8, to: *mut u8, len: usize) {
 
 #[cfg(target_arch = "x86_64")]
 #[inline]
+unsafe fn stream_avx(from: *const u8, to: *mut u8, len: usize) {
+    // SAFETY: as in `copy_avx`; `to` is a multiple of 32 (the caller looked).
+    unsafe {
+        std::arch::asm!(
+            "2:",
+            "vmovdqu ymm0, [{from} + {at}]",
+            "vmovdqu ymm1, [{from} + {at} + 32]",
+            "vmovdqu ymm2, [{from} + {at} + 64]",
+            "vmovdqu ymm3, [{from} + {at} + 96]",
+            "vmovntdq [{to} + {at}], ymm0",
+            "vmovntdq [{to} + {at} + 32], ymm1",
+            "vmovntdq [{to} + {at} + 64], ymm2",
+            "vmovntdq [{to} + {at} + 96], ymm3",
+            "add {at}, 128",
+            "jnz 2b",
+            "vzeroupper",
+            from = in(reg) from.wrapping_add(len),
+            to = in(reg) to.wrapping_add(len),
+            at = inout(reg) (len as isize).wrapping_neg() => _,
+            out("ymm0") _, out("ymm1") _, out("ymm2") _, out("ymm3") _,
+            out("ymm4") _, out("ymm5") _, out("ymm6") _, out("ymm7") _,
+            out("ymm8") _, out("ymm9") _, out("ymm10") _, out("ymm11") _,
+            out("ymm12") _, out("ymm13") _, out("ymm14") _, out("ymm15") _,
+            options(nostack),
+        );
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+#[inline]
 unsafe fn copy_sse2(from: *const u8, to: *mut u8, len: usize) {
     // SAFETY: as in `copy_avx`.
     unsafe {
@@ -179,6 +209,54 @@ pub unsafe fn gather(from: Payload, len: usize, to: *mut u8) {
         })
     };
     assert_eq!(missing, 0, "payload shorter than its request");
+}
+
+/// As [`gather`], but past the caches: for a target so large that it will not be read again soon. A plain store fetches
+/// each line of the target from memory only to overwrite it; this one does not. This thread sees what it wrote at once,
+/// any other only after [`stream_fence`].
+///
+/// # Safety
+/// As [`gather`].
+#[inline]
+pub unsafe fn gather_streaming(from: Payload, len: usize, to: *mut u8) {
+    let mut at = 0;
+    // SAFETY: the caller keeps the payload; the pieces add up to at most `len`.
+    let missing = unsafe {
+        from.pieces(len, |piece, n| {
+            stream(piece, to.wrapping_add(at), n);
+            at += n;
+        })
+    };
+    assert_eq!(missing, 0, "payload shorter than its request");
+}
+
+/// Copies past the caches where that can be done.
+///
+/// # Safety
+/// As [`copy`].
+#[inline]
+unsafe fn stream(from: *const u8, to: *mut u8, len: usize) {
+    #[cfg(target_arch = "x86_64")]
+    if len > 0
+        && len.is_multiple_of(128)
+        && to.addr().is_multiple_of(32)
+        && std::arch::is_x86_feature_detected!("avx")
+    {
+        // SAFETY: the caller vouches for the ranges; length, alignment and AVX were just looked at.
+        return unsafe { stream_avx(from, to, len) };
+    }
+    // SAFETY: the caller's obligations.
+    unsafe { copy(from, to, len) }
+}
+
+/// What this thread wrote by [`gather_streaming`] comes before whatever it writes from now on, for all threads.
+#[inline]
+pub fn stream_fence() {
+    #[cfg(target_arch = "x86_64")]
+    // SAFETY: a fence touches no memory, and every processor of this architecture has it.
+    unsafe {
+        std::arch::x86_64::_mm_sfence();
+    }
 }
 
 /// Copies `len` private bytes to the beginning of a payload.

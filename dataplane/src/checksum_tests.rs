@@ -111,6 +111,16 @@ proptest! {
         unsafe { sums(payload, &mut crcs) };
         prop_assert_eq!(&crcs, &sums_expected);
 
+        private.fill(0);
+        // SAFETY: as above; whatever the target's alignment.
+        unsafe { gather_streaming(payload, len, private.as_mut_ptr()) };
+        stream_fence();
+        prop_assert_eq!(&private, &expected);
+        let mut aligned = Box::new(BlockBuffer([0; BLOCK]));
+        // SAFETY: as above; one block.
+        unsafe { gather_streaming(payload, BLOCK, aligned.0.as_mut_ptr()) };
+        prop_assert_eq!(&aligned.0[..], &expected[..BLOCK]);
+
         let other = noise(!seed, len);
         // SAFETY: as above.
         unsafe { copy_out(other.as_ptr(), payload, &mut crcs) };

@@ -70,13 +70,15 @@ impl Geometry {
     /// Chunk and byte offset in it of byte `offset` of the volume.
     #[inline]
     pub fn locate(&self, offset: u64) -> (u32, u64) {
-        let width = u64::from(self.width);
-        let units_per_chunk = CHUNK / self.unit;
-        let unit = offset / self.unit;
-        let set = unit / (width * units_per_chunk);
-        let in_set = unit % (width * units_per_chunk);
-        let chunk = set * width + in_set % width;
-        (chunk as u32, in_set / width * self.unit + offset % self.unit)
+        // One division: all else is a power of two, and a whole set is a multiple of the width.
+        let (width, shift) = (u64::from(self.width), self.unit.trailing_zeros());
+        let rows_shift = CHUNK.trailing_zeros() - shift;
+        let unit = offset >> shift;
+        let row = unit / width;
+        let (set, column) = (row >> rows_shift, unit - row * width);
+        let row_in_chunk = row & ((1 << rows_shift) - 1);
+        let chunk = set * width + column;
+        (chunk as u32, (row_in_chunk << shift) + (offset & (self.unit - 1)))
     }
 
     /// The first piece of the block-aligned range that begins at block `block` of the volume and has `blocks` blocks.

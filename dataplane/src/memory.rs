@@ -110,6 +110,23 @@ impl Payload {
     }
 }
 
+/// Asks for the cache line at `ptr`, with `WRITE` to change it. Whatever the address, nothing else happens.
+#[inline]
+pub(crate) fn prefetch<const WRITE: bool>(ptr: *const u8) {
+    #[cfg(target_arch = "x86_64")]
+    // SAFETY: a prefetch never faults, whatever the address.
+    unsafe {
+        use std::arch::x86_64::{_MM_HINT_ET0, _MM_HINT_T0, _mm_prefetch};
+        if WRITE {
+            _mm_prefetch::<_MM_HINT_ET0>(ptr.cast());
+        } else {
+            _mm_prefetch::<_MM_HINT_T0>(ptr.cast());
+        }
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = ptr;
+}
+
 /// Page-aligned private memory, taken once and kept: I/O buffers and metadata pages.
 ///
 /// A page that is being read or written by a device belongs to the device: the owner of the arena neither reads nor

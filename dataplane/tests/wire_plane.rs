@@ -37,6 +37,18 @@ fn nodes(cluster: &std::sync::Arc<Cluster>, count: u64, reactors: usize) -> Vec<
     nodes
 }
 
+/// Makes the link from `from` to node `to`, which was begun directly, anew through the relay. It is waited for first: a
+/// connection still being dialed directly would be taken for the new link's.
+fn go_through(relay: &Relay, cluster: &Cluster, from: &Node, to: NodeId) {
+    until("the first link is up", || {
+        from.links().iter().any(|link| link.asks && link.connected)
+    });
+    from.plane.forget_node(to);
+    until("the first link is gone", || from.links().is_empty());
+    cluster.addresses.lock().unwrap().insert(to, relay.address);
+    from.plane.add_node(to).unwrap();
+}
+
 fn in_sync(node: &Node, replicas: u32) {
     let mut last = None;
     until("all replicas in sync", || {
@@ -85,11 +97,7 @@ fn connections_are_cut_in_mid_write_and_nothing_is_lost() {
     let cluster = Cluster::new(SIZE, &uuids(2));
     let nodes = nodes(&cluster, 2, 1);
     let relay = Relay::start(nodes[1].address);
-    cluster.addresses.lock().unwrap().insert(NodeId(2), relay.address);
-    // The link may be up directly: it is made anew through the relay.
-    nodes[0].plane.forget_node(NodeId(2));
-    until("the first link is gone", || nodes[0].links().is_empty());
-    nodes[0].plane.add_node(NodeId(2)).unwrap();
+    go_through(&relay, &cluster, &nodes[0], NodeId(2));
     let dir = tempfile::tempdir().unwrap();
     let mut device = nodes[0].serve(&cluster, Vec::new(), dir.path());
     in_sync(&nodes[0], 2);
@@ -120,10 +128,7 @@ fn a_peer_away_for_long_is_left_behind_and_catches_up() {
     let cluster = Cluster::new(SIZE, &uuids(2));
     let nodes = nodes(&cluster, 2, 1);
     let relay = Relay::start(nodes[1].address);
-    nodes[0].plane.forget_node(NodeId(2));
-    until("the first link is gone", || nodes[0].links().is_empty());
-    cluster.addresses.lock().unwrap().insert(NodeId(2), relay.address);
-    nodes[0].plane.add_node(NodeId(2)).unwrap();
+    go_through(&relay, &cluster, &nodes[0], NodeId(2));
     let dir = tempfile::tempdir().unwrap();
     let mut device = nodes[0].serve(&cluster, Vec::new(), dir.path());
     in_sync(&nodes[0], 2);

@@ -24,6 +24,7 @@ pub(crate) const TARGETS: &[(&str, Target)] = &[
     ("journal_block", unibody_dataplane::store::fuzz::journal_block),
     ("record", unibody_dataplane::store::fuzz::record),
     ("superblock", unibody_dataplane::store::fuzz::superblock),
+    ("vm_spec", unibody_vmm_adapter::fuzz_spec),
     ("wire_asker", unibody_dataplane::wire::fuzz::wire_asker),
     ("wire_frame", unibody_dataplane::wire::fuzz::wire_frame),
     ("wire_handshake", unibody_dataplane::wire::fuzz::wire_handshake),

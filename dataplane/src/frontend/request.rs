@@ -1,7 +1,8 @@
 //! From a descriptor chain to a request: walking, checking, copying the header (virtio 1.2, 5.2.6).
 //!
 //! The framing is the driver's choice: readable bytes are a stream of 16 bytes of header and then data, writable bytes a
-//! stream of data and then one status byte, cut into descriptors anyhow. Nothing is read twice.
+//! stream of data and then one status byte, cut into descriptors anyhow. Nothing is believed that was read before: what
+//! does not have the plain shape is walked from its first descriptor on, as if nobody had looked.
 
 use super::guest::MemoryTable;
 use super::ring::{DESC_INDIRECT, DESC_NEXT, DESC_SIZE, DESC_WRITE, Desc, Ring, read16};
@@ -206,6 +207,73 @@ const T_GET_ID: u32 = 8;
 const T_DISCARD: u32 = 11;
 const T_WRITE_ZEROES: u32 = 13;
 
+/// A read or write of the shape that nearly all have: header, data and status in a descriptor each, none across a border
+/// of regions. `None`: anything else, and whatever is wrong.
+#[inline]
+fn parse_plain(
+    limits: &Limits<'_>,
+    hint: &mut usize,
+    slots: &mut Slots,
+    head: u16,
+    first: &Desc,
+) -> Option<Request> {
+    let size = limits.ring.size();
+    let (header, data, status) = if first.flags == DESC_INDIRECT {
+        if first.len as usize != 3 * DESC_SIZE {
+            return None;
+        }
+        let table = limits.memory.contiguous(hint, first.addr, u64::from(first.len))?;
+        // SAFETY: the whole table of three is mapped.
+        let [header, data, status] =
+            [0, 1, 2].map(|i| unsafe { Desc::read(table.wrapping_add(i * DESC_SIZE)) });
+        if header.next != 1 || data.next != 2 {
+            return None;
+        }
+        (header, data, status)
+    } else {
+        if first.flags != DESC_NEXT || first.next >= size {
+            return None;
+        }
+        let data = limits.ring.desc(first.next);
+        if data.flags & DESC_NEXT == 0 || data.next >= size {
+            return None;
+        }
+        (*first, data, limits.ring.desc(data.next))
+    };
+    let plain = header.flags == DESC_NEXT
+        && header.len as usize == HEADER
+        && data.flags & !DESC_WRITE == DESC_NEXT
+        && status.flags == DESC_WRITE
+        && status.len == 1;
+    if !plain {
+        return None;
+    }
+    let status = limits.memory.contiguous(hint, status.addr, 1)?;
+    let ptr = limits.memory.contiguous(hint, data.addr, u64::from(data.len))?;
+    let header = limits.memory.contiguous(hint, header.addr, HEADER as u64)?;
+    // SAFETY: the lookup said that the header's bytes are mapped.
+    let [kind, sector] = unsafe { read16(header) }.map(u64::from_le);
+    let (kind, written) = match (kind as u32, data.flags & DESC_WRITE != 0) {
+        (T_IN, true) => (Kind::In, data.len.checked_add(1)?),
+        (T_OUT, false) if !limits.read_only => (Kind::Out, 1),
+        _ => return None,
+    };
+    if !in_range(limits, sector, u64::from(data.len)) {
+        return None;
+    }
+    let slot = slots.get(head);
+    (slot.status, slot.written, slot.count) = (status, written, 0);
+    let stored = slots.push(head, Seg { ptr, len: data.len });
+    debug_assert!(stored, "an empty list has room");
+    Some(Request {
+        head,
+        kind,
+        sector,
+        len: data.len,
+        data: Payload::new(slots.segs(head)),
+    })
+}
+
 /// Walks the chain of `head`, whose first descriptor is `first`. Fills the slot; its state is the queue's business.
 #[inline]
 pub(crate) fn parse(
@@ -215,6 +283,9 @@ pub(crate) fn parse(
     head: u16,
     first: Desc,
 ) -> Parsed {
+    if let Some(request) = parse_plain(limits, hint, slots, head, &first) {
+        return Parsed::Request(request);
+    }
     slots.get(head).count = 0;
     let mut walk = Walk::default();
     let complete = walk_chain(limits, hint, slots, head, first, &mut walk);

@@ -12,6 +12,7 @@
 //! * `disks`: sealing, loss, silence and flushing of the disks that replicas are on.
 //! * `chunks`: which replicas of a chunk are trusted, at attach, after a return and after a new configuration.
 //! * `propose`: what is asked of the control state, one proposal at a time.
+//! * `foresee`: which replicas a request will ask, so that memory can be fetched ahead.
 //! * `sync` and `plan`: making the replicas of one region equal, for attach, rebuild and repair alike.
 //!
 //! Bounds: `Limits::ops` operations, [`WINDOW`] pieces for each, a request per piece and replica, `Limits::sync` regions
@@ -22,6 +23,7 @@
 
 mod chunks;
 mod disks;
+mod foresee;
 mod locks;
 mod ops;
 mod plan;

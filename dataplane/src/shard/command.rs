@@ -90,6 +90,12 @@ impl Shard {
             DiskService::Null => Home::Null,
             DiskService::Store(store, mut disk) => {
                 disk.attach(&mut self.ring, u32::from(up.index.0))?;
+                if disk.info().direct && !self.buffers_registered {
+                    let (base, bytes) = self.buffers.small_span();
+                    // SAFETY: the pool's own private mapping, which lives as long as the shard; the ring is an earlier field
+                    // of it and so dropped first. Refused, requests only cost more.
+                    self.buffers_registered = unsafe { self.ring.register_memory(base, bytes) };
+                }
                 self.stores.push(up.index);
                 Home::Store(Box::new(Served {
                     store,

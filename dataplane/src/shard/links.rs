@@ -467,7 +467,7 @@ impl Shard {
             }
             .pack();
             let disk = DiskIndex(job.disk);
-            self.route(tag, disk, job.header, job.request);
+            self.route(tag, disk, &job.header, &job.request);
         }
     }
 

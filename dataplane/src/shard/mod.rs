@@ -54,6 +54,9 @@ const TICK_IDLE: Duration = Duration::from_millis(500);
 /// How often volumes look again for disks that they had to give up.
 const CONNECT: Duration = Duration::from_millis(1000);
 
+/// Of so many turns in a row that found nothing one looks at the clock.
+const IDLE_BLIND: u32 = 8;
+
 /// What comes through a reactor's mailbox.
 pub(crate) enum Message {
     /// From a control thread.
@@ -225,6 +228,8 @@ pub(crate) struct Shard {
     queues: Queues,
     ops: Ops,
     buffers: BufferPool,
+    /// The ring knows the small ones: direct I/O needs not pin their pages each time.
+    buffers_registered: bool,
 
     // Work of this turn, kept to be reused.
     mirror_effects: Vec<mirror::Effect>,
@@ -244,6 +249,8 @@ pub(crate) struct Shard {
     next_tick: u64,
     next_connect: u64,
     stopping: bool,
+    /// Turns without work since the last with some.
+    idle_turns: u32,
     stats: ReactorStats,
 }
 
@@ -280,6 +287,7 @@ impl Shard {
             queues: Queues::new(),
             ops: Ops::new(OPS_MAX),
             buffers: BufferPool::new(SMALL_BUFFERS, LARGE_BUFFERS, OPS_MAX as u16)?,
+            buffers_registered: false,
             mirror_effects: Vec::with_capacity(1024),
             store_effects: Vec::with_capacity(1024),
             done: Vec::with_capacity(1024),
@@ -295,6 +303,7 @@ impl Shard {
             next_tick: 0,
             next_connect: 0,
             stopping: false,
+            idle_turns: 0,
             stats: ReactorStats {
                 core,
                 ..ReactorStats::default()
@@ -309,7 +318,14 @@ impl Shard {
             let worked = self.turn();
             self.stats.turns += 1;
             self.stats.busy_turns += u64::from(worked);
-            if idle.turn(worked, Instant::now) == Idle::Sleep && self.may_sleep() {
+            self.idle_turns = if worked {
+                0
+            } else {
+                self.idle_turns.wrapping_add(1)
+            };
+            // Looking at the clock takes as long as looking for work: most idle turns do only the latter.
+            let blind = !self.idle_turns.is_multiple_of(IDLE_BLIND);
+            if !blind && idle.turn(worked, Instant::now) == Idle::Sleep && self.may_sleep() {
                 self.sleep();
             }
         }
@@ -329,8 +345,9 @@ impl Shard {
         if worked {
             self.carry();
         }
-        // The clock is read once a turn at most, and not on every busy turn: a tick may be late by a few microseconds.
-        if !worked || self.stats.turns.is_multiple_of(64) {
+        // The clock is read once a turn at most, and on few of them: a tick may be late by some microseconds.
+        let look = self.idle_turns.is_multiple_of(IDLE_BLIND);
+        if !worked && look || self.stats.turns.is_multiple_of(64) {
             self.now = self.started.elapsed().as_millis() as u64;
             if self.now >= self.next_tick {
                 self.tick();
@@ -367,7 +384,7 @@ impl Shard {
                     disk,
                     header,
                     request,
-                } => self.serve(tag, disk, header, request),
+                } => self.serve(tag, disk, &header, &request),
                 Message::Reply { tag, reply } => self.replies.push_back((Address::unpack(tag), reply)),
             }
         }

@@ -271,8 +271,24 @@ impl Shard {
                     slot.dirty = true;
                     self.queues.dirty.push(id);
                 }
+                if taken.len() > 1 {
+                    for request in &taken {
+                        self.foresee(volume, request);
+                    }
+                }
+                let kept = self.keeps(volume);
                 for request in taken.drain(..) {
-                    self.begin(id, volume, request);
+                    if kept
+                        || !matches!(
+                            request.kind,
+                            crate::frontend::Kind::In | crate::frontend::Kind::Out
+                        )
+                    {
+                        self.begin(id, volume, request);
+                    } else {
+                        self.stats.requests += 1;
+                        self.queues.complete(id, request.head, Completion::Ok);
+                    }
                 }
             } else if self.now.saturating_sub(slot.last_work) > QUEUE_SPIN_MS
                 && slot.queue.in_flight() == 0
@@ -293,6 +309,14 @@ impl Shard {
             self.queues.polled.rotate_left(1);
         }
         worked
+    }
+
+    /// False for a volume in service of which every disk keeps nothing: its reads and writes are over as soon as they
+    /// were taken, and nobody is asked.
+    fn keeps(&self, volume: VolumeIndex) -> bool {
+        self.volumes[usize::from(volume.0)]
+            .as_ref()
+            .is_none_or(|volume| !volume.null || volume.mirror.phase() != crate::mirror::Phase::Serving)
     }
 
     /// Before sleeping: asks every polled queue's driver for a kick. True if one has work already.

@@ -104,8 +104,8 @@ impl Shard {
                 mirror::Effect::Send {
                     disk,
                     id,
-                    header,
-                    request,
+                    ref header,
+                    ref request,
                 } => self.send(index, disk, id, header, request),
                 mirror::Effect::Done { op, result, released } => {
                     self.finished.push_back((
@@ -189,13 +189,36 @@ impl Shard {
         self.events.send(event).ok();
     }
 
+    /// A request was taken together with others: what the stores will look at for it is fetched while those before it
+    /// are carried out.
+    #[inline]
+    pub(super) fn foresee(&self, index: VolumeIndex, request: &crate::frontend::Request) {
+        use crate::frontend::{Kind, SECTOR};
+        let Some(volume) = &self.volumes[usize::from(index.0)] else {
+            return;
+        };
+        if volume.null || !matches!(request.kind, Kind::In | Kind::Out) {
+            return;
+        }
+        let write = request.kind == Kind::Out;
+        volume
+            .mirror
+            .foresee(request.sector * SECTOR, write, |disk, chunk, extent| {
+                if let Some(Some(Route::Near(disk))) = volume.routes.get(usize::from(disk.0))
+                    && let Home::Store(served) = &self.homes[usize::from(disk.0)]
+                {
+                    served.store.foresee(&chunk, extent);
+                }
+            });
+    }
+
     fn send(
         &mut self,
         index: VolumeIndex,
         disk: mirror::DiskIndex,
         id: mirror::RequestId,
-        header: Header,
-        request: Request,
+        header: &Header,
+        request: &Request,
     ) {
         let tag = Address {
             shard: self.number,
@@ -211,7 +234,7 @@ impl Shard {
         match volume.routes.get(usize::from(disk.0)).copied().flatten() {
             Some(Route::Near(disk)) => self.route(tag, disk, header, request),
             Some(Route::Far { link, disk }) => {
-                if !self.ask_far(tag, index, (link, disk), header, request) {
+                if !self.ask_far(tag, index, (link, disk), *header, *request) {
                     self.reply(tag, Reply::Refused(Status::DiskFailed));
                 }
             }
@@ -220,7 +243,7 @@ impl Shard {
     }
 
     /// Brings a request to a disk of this node.
-    pub(super) fn route(&mut self, tag: u64, disk: DiskIndex, header: Header, request: Request) {
+    pub(super) fn route(&mut self, tag: u64, disk: DiskIndex, header: &Header, request: &Request) {
         let home = usize::from(disk.0) % self.peers.len();
         if home == self.number {
             self.serve(tag, disk, header, request);
@@ -230,26 +253,26 @@ impl Shard {
                 Message::Request {
                     tag,
                     disk,
-                    header,
-                    request,
+                    header: *header,
+                    request: *request,
                 },
             );
         }
     }
 
     /// A request for a replica on this reactor.
-    pub(super) fn serve(&mut self, tag: u64, disk: DiskIndex, header: Header, request: Request) {
+    pub(super) fn serve(&mut self, tag: u64, disk: DiskIndex, header: &Header, request: &Request) {
         match &mut self.homes[usize::from(disk.0)] {
             Home::Store(served) => {
                 served
                     .store
-                    .submit(Tag(tag), header, request, &mut self.store_effects);
+                    .take(Tag(tag), header, request, &mut self.store_effects);
                 self.apply_store(disk);
                 self.touch(disk);
             }
             Home::Null => {
                 let up = self.disks[usize::from(disk.0)].expect("a disk that serves is up");
-                self.reply(tag, null_reply(&up, &request));
+                self.reply(tag, null_reply(&up, request));
             }
             Home::Absent => self.reply(tag, Reply::Refused(Status::DiskFailed)),
         }

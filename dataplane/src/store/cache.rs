@@ -75,6 +75,13 @@ impl Cache {
         Some(f)
     }
 
+    /// The frame of a page, which does not count as a use.
+    #[inline]
+    pub(super) fn peek(&self, page: u32) -> Option<u32> {
+        let f = self.of_page[page as usize];
+        (f != NO_FRAME).then_some(f)
+    }
+
     /// Gives a page a frame, to be loaded. `None`: all are dirty or loading.
     pub(super) fn assign(&mut self, page: u32) -> Option<u32> {
         for _ in 0..2 * self.frames.len() + 1 {

@@ -50,8 +50,8 @@ mod write;
 use std::collections::VecDeque;
 
 use crate::disk::{Completion, Io, Token};
-use crate::ids::{BootId, DiskUuid, PowerId};
-use crate::memory::Arena;
+use crate::ids::{BLOCK, BootId, DiskUuid, PowerId};
+use crate::memory::{Arena, prefetch};
 use crate::replica::{Header, Reply, Request, Status};
 
 pub use check::{CheckReport, Finding, Verdict, check};
@@ -234,10 +234,37 @@ impl Store {
         self.fail(Failure::Removed, out);
     }
 
+    /// A request for this extent comes soon: what it will look at first is fetched from memory meanwhile.
+    #[inline]
+    pub fn foresee(&self, chunk: &crate::replica::ChunkRef, extent: u16) {
+        let slot = self
+            .tables
+            .chunk(chunk.key)
+            .and_then(|place| self.tables.chunks[place as usize].map.as_ref())
+            .map_or(tables::ABSENT, |map| map[usize::from(extent)]);
+        if slot == tables::ABSENT {
+            return;
+        }
+        let slot = slot & !tables::EMPTY;
+        if let Some(frame) = self.cache.peek(slot / codec::RECORDS_PER_PAGE as u32) {
+            let at = slot as usize % codec::RECORDS_PER_PAGE * codec::RECORD;
+            // An address and no reference: the frame may be loading, and then it is the device's.
+            let record = self.arena.span().0.wrapping_add(frame as usize * BLOCK + at);
+            prefetch::<false>(record);
+            prefetch::<false>(record.wrapping_add(codec::RECORD - 1));
+        }
+    }
+
     /// Takes a request. It is answered by an [`Effect::Reply`], at once or later. Follow a round of calls by
     /// [`Store::flush_batch`]: until then a batch may stay open.
     #[inline]
     pub fn submit(&mut self, tag: Tag, header: Header, request: Request, out: &mut Vec<Effect>) {
+        self.take(tag, &header, &request, out);
+    }
+
+    /// As [`Store::submit`]; a request is large, and copied only once this way.
+    #[inline]
+    pub fn take(&mut self, tag: Tag, header: &Header, request: &Request, out: &mut Vec<Effect>) {
         if self.failed.is_some() || self.closing {
             out.push(refused(tag, Status::DiskFailed));
             return;
@@ -245,7 +272,7 @@ impl Store {
         if self.door.is_empty() && self.admit(tag, header, request, out) {
             self.pump(out);
         } else if self.door.len() < DOOR_MAX {
-            self.door.push_back((tag, header, request));
+            self.door.push_back((tag, *header, *request));
         } else {
             self.counters.refused += 1;
             out.push(refused(tag, Status::Invalid));
@@ -254,8 +281,8 @@ impl Store {
 
     /// Lets a request in; false: no operation is free.
     #[inline]
-    fn admit(&mut self, tag: Tag, header: Header, request: Request, out: &mut Vec<Effect>) -> bool {
-        let (place, extent, mask, exclusive) = match self.judge(&header, &request) {
+    fn admit(&mut self, tag: Tag, header: &Header, request: &Request, out: &mut Vec<Effect>) -> bool {
+        let (place, extent, mask, exclusive) = match self.judge(header, request) {
             Ok(found) => found,
             Err(status) => {
                 self.counters.refused += 1;
@@ -407,7 +434,7 @@ impl Store {
             if let Some(i) = self.ops.pop(&mut self.ready) {
                 self.advance(i, out);
             } else if let Some(&(tag, header, request)) = self.door.front() {
-                if !self.admit(tag, header, request, out) {
+                if !self.admit(tag, &header, &request, out) {
                     break;
                 }
                 self.door.pop_front();
@@ -441,7 +468,7 @@ impl Store {
             token: Token(u64::from(Kind::Journal as u8) << 56 | sequence & ((1 << 56) - 1)),
             io: Io::Write {
                 offset: self.layout.journal_at(sequence),
-                len: crate::ids::BLOCK as u32,
+                len: BLOCK as u32,
                 data: self.arena.payload(page),
             },
         });

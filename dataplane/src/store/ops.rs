@@ -171,12 +171,13 @@ impl Ops {
 
     /// Takes an operation for a request; `None` when all are under way.
     #[inline]
-    pub(super) fn take(&mut self, tag: u64, header: Header, request: Request) -> Option<u32> {
+    pub(super) fn take(&mut self, tag: u64, header: &Header, request: &Request) -> Option<u32> {
         if self.free.len() <= FREES_MAX - self.frees {
             return None;
         }
         let i = self.free.pop()?;
-        self.fill(i, tag, header, Some(request));
+        self.fill(i, tag, header);
+        self[i].request = Some(*request);
         Some(i)
     }
 
@@ -188,16 +189,16 @@ impl Ops {
         let i = self.free.pop()?;
         self.frees += 1;
         let header = self[i].header;
-        self.fill(i, 0, header, None);
+        self.fill(i, 0, &header);
+        self[i].request = None;
         Some(i)
     }
 
     #[inline]
-    fn fill(&mut self, i: u32, tag: u64, header: Header, request: Option<Request>) {
+    fn fill(&mut self, i: u32, tag: u64, header: &Header) {
         let op = &mut self[i];
         op.tag = tag;
-        op.header = header;
-        op.request = request;
+        op.header = *header;
         op.step = Step::Begin;
         op.place = NIL;
         op.bucketed = false;

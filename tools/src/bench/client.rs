@@ -9,8 +9,8 @@ use blkio::{Blkio, Blkioq, Completion, MemoryRegion, ReqFlags};
 
 /// Longest wait for one request of the synchronous helpers: longer than any time-out of a data plane.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
-/// Completions taken at once.
-const TAKE: usize = 64;
+/// Completions taken at once: all of the deepest queue.
+pub(crate) const TAKE: usize = 128;
 
 /// One connection to an exported volume, with one queue and one region of shared memory.
 pub(crate) struct Client {

@@ -151,6 +151,9 @@ pub(crate) struct Report {
     pub(crate) errors: u64,
     pub(crate) verified: u64,
     pub(crate) server: Option<Usage>,
+    /// Looks for answers, and those that found none: hardly any of these and the generator is the bottleneck.
+    pub(crate) polls: u64,
+    pub(crate) polls_empty: u64,
 }
 
 impl Report {
@@ -170,6 +173,7 @@ impl Report {
                 "write": self.write.json(seconds),
                 "trim": self.trim.json(seconds),
                 "server": server,
+                "polls": { "total": self.polls, "empty": self.polls_empty },
             }],
         })
     }
@@ -190,6 +194,12 @@ impl Report {
                 usage.user,
                 usage.system,
                 usage.switches
+            );
+        }
+        if self.polls > 0 {
+            println!(
+                "{:.0} % of the generator's looks for answers found none",
+                self.polls_empty as f64 / self.polls as f64 * 100.0
             );
         }
         if self.verified > 0 {
