@@ -13,6 +13,8 @@ const PACKAGES: &[(&str, &str)] = &[
     ("qemu-system-x86", "/usr/bin/qemu-system-x86_64"),
     ("fio", "/usr/bin/fio"),
     ("busybox-static", "/bin/busybox"),
+    ("iproute2", "/usr/sbin/ip"),
+    ("nftables", "/usr/sbin/nft"),
     ("cpio", "/usr/bin/cpio"),
     ("e2fsprogs", "/sbin/mkfs.ext4"),
     ("strace", "/usr/bin/strace"),
