@@ -14,7 +14,7 @@ use super::{Api, DO, Failure, PAUSE, conflict, find_node, name_of, wrong};
 use crate::admin::{NodeStatus, VolumeStatus};
 use crate::cluster::LocalRequest;
 use crate::planner;
-use crate::state::{Applied, Command, NodeId, Refused, State as Control, VmSpec};
+use crate::state::{Applied, Command, NodeId, Refused, State as Control, VmSpec, Volume};
 
 /// Times that a placement is planned anew because disks have come or gone meanwhile.
 const PLANS: u32 = 5;
@@ -64,6 +64,7 @@ pub(super) async fn create_volume(State(api): State<Api>, Given(new): Given<NewV
         let count = geometry.chunks(new.size);
         let chunks = planner::plan_chunks_near(state, count, new.mirror, near)
             .map_err(|error| conflict(error.to_string()))?;
+        let instance = crate::raft::random();
         let create = Command::CreateVolume {
             name: new.name.clone(),
             size: new.size,
@@ -71,27 +72,43 @@ pub(super) async fn create_volume(State(api): State<Api>, Given(new): Given<NewV
             stripe_unit: new.stripe_unit,
             stripe_width,
             read_only: new.read_only,
-            instance: crate::raft::random(),
+            instance,
             chunks,
         };
-        match api.propose(create).await {
-            Err(Failure(StatusCode::CONFLICT, why)) if why.contains("placement") && plan < PLANS => {}
-            created => {
-                created?;
-                if let Some(node) = near {
-                    let attach = Command::Attach {
-                        name: new.name.clone(),
-                        node,
-                        generation: 0,
-                    };
-                    // If the leader was faster it has an owner too, and can be attached where it is wanted.
-                    api.propose(attach).await.ok();
-                }
-                return Ok(StatusCode::NO_CONTENT);
-            }
+        match api.decide(create).await? {
+            Err(Refused::Placement { .. }) if plan < PLANS => continue,
+            created => with(&api, created, &new.name, |volume| volume.instance == instance).await?,
         }
+        if let Some(node) = near {
+            let attach = Command::Attach {
+                name: new.name.clone(),
+                node,
+                generation: 0,
+            };
+            // If the leader was faster it has an owner too, and can be attached where it is wanted.
+            api.propose(attach).await.ok();
+        }
+        return Ok(StatusCode::NO_CONTENT);
     }
     unreachable!("the last plan's outcome is returned")
+}
+
+/// The outcome of a change of a volume. That the volume has been attached since is no failure of the change.
+async fn with(
+    api: &Api,
+    outcome: Result<Applied, Refused>,
+    name: &str,
+    is_done: impl Fn(&Volume) -> bool,
+) -> Result<(), Failure> {
+    match outcome {
+        Ok(_) => Ok(()),
+        Err(Refused::Overtaken { name: of }) => {
+            let (view, _) = api.view().await;
+            let done = view.state.volumes.get(name).is_some_and(|volume| is_done(volume));
+            done.then_some(()).ok_or(Refused::Overtaken { name: of }.into())
+        }
+        Err(refused) => Err(refused.into()),
+    }
 }
 
 /// Gives a volume more room.
@@ -113,9 +130,14 @@ pub(super) async fn resize_volume(
         .saturating_sub(volume.chunks.len() as u32);
     let chunks =
         planner::plan_chunks(state, more, volume.mirror).map_err(|error| conflict(error.to_string()))?;
-    api.propose(Command::ResizeVolume { name, size, chunks })
-        .await
-        .map(done)
+    let resize = Command::ResizeVolume {
+        name: name.clone(),
+        size,
+        chunks,
+    };
+    let resized = api.decide(resize).await?;
+    with(&api, resized, &name, |volume| volume.size >= size).await?;
+    Ok(StatusCode::NO_CONTENT)
 }
 
 /// Deletes a volume and everything in it.

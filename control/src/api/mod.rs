@@ -267,15 +267,20 @@ impl Api {
         }
     }
 
-    /// Proposes until the outcome is known.
+    /// Proposes until the outcome is known; what is refused is a failure.
     async fn propose(&self, command: Command) -> Result<Applied, Failure> {
+        Ok(self.decide(command).await??)
+    }
+
+    /// Proposes until the outcome is known.
+    async fn decide(&self, command: Command) -> Result<Result<Applied, Refused>, Failure> {
         let cluster = &self.0.cluster;
         let request = cluster.request();
         let end = tokio::time::Instant::now() + DECISION;
         loop {
             let error = match cluster.propose_later(request, command.clone()).await {
-                Ok(applied) => return Ok(applied),
-                Err(ProposeError::Refused(refused)) => return Err(refused.into()),
+                Ok(applied) => return Ok(Ok(applied)),
+                Err(ProposeError::Refused(refused)) => return Ok(Err(refused)),
                 Err(error @ ProposeError::TooLong(_)) => return Err(wrong(error.to_string())),
                 Err(error) => error,
             };

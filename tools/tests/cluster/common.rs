@@ -108,7 +108,9 @@ impl Cluster {
 
     /// What a node says of the cluster, if it answers.
     pub(crate) fn status(&self, node: usize) -> Option<Value> {
-        self.children[node - 1].as_ref().filter(|_| self.still != Some(node))?;
+        self.children[node - 1]
+            .as_ref()
+            .filter(|_| self.still != Some(node))?;
         let home = self.home(node);
         let output = self.output(node, &["status", "--json", "--node-dir", &home]);
         serde_json::from_slice(&output.stdout).ok()
