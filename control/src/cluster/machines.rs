@@ -40,7 +40,11 @@ pub(crate) struct Machines {
     machines: BTreeMap<String, Machine>,
     /// What ran when it was looked last, and since which placement; `None` before.
     running: Option<Running>,
+    /// Their names, also while it is looked anew.
+    names: Vec<String>,
     looking: bool,
+    /// Something was done since the present look began: what it finds may be old.
+    old: bool,
     look_at: Option<Instant>,
 }
 
@@ -50,7 +54,9 @@ impl Machines {
             host,
             machines: BTreeMap::new(),
             running: None,
+            names: Vec::new(),
             looking: false,
+            old: false,
             look_at: None,
         }
     }
@@ -75,16 +81,23 @@ impl Machines {
 
     pub(crate) fn found(&mut self, running: Result<Running, String>) {
         self.looking = false;
+        if std::mem::take(&mut self.old) {
+            // A VM that has just been started may be missing in it, and must not be started again.
+            return;
+        }
         self.look_at = Some(Instant::now() + LOOK);
         match running {
-            Ok(running) => self.running = Some(running),
+            Ok(running) => {
+                self.names = running.keys().cloned().collect();
+                self.running = Some(running);
+            }
             Err(error) => eprintln!("unibody: which VMs run can not be seen: {error}"),
         }
     }
 
     /// Those that ran when it was looked at last.
     pub(crate) fn running(&self) -> Vec<String> {
-        self.running.iter().flat_map(BTreeMap::keys).cloned().collect()
+        self.names.clone()
     }
 
     /// Ends all at once: this node is no longer one of the cluster.
@@ -102,6 +115,7 @@ impl Machines {
         // What runs now is looked at before anything else is done.
         self.running = None;
         self.look_at = None;
+        self.old = self.looking;
         match outcome {
             Ok(()) => machine.failures = 0,
             Err(error) => {
@@ -323,5 +337,39 @@ mod tests {
         assert_eq!(placement(dir.path(), "m"), Some(7));
         forget_placement(dir.path(), "m").unwrap();
         assert_eq!(placement(dir.path(), "m"), None);
+    }
+
+    struct Nothing;
+
+    impl VmHost for Nothing {
+        fn check(&self, _: &str) -> Result<(super::super::vms::VmNeeds, String), String> {
+            Err("there is none".into())
+        }
+
+        fn start(&self, _: &str, _: &[(String, PathBuf)]) -> Result<(), String> {
+            Ok(())
+        }
+
+        fn stop(&self, _: &str, _: Duration) -> Result<(), String> {
+            Ok(())
+        }
+
+        fn running(&self) -> Result<Vec<String>, String> {
+            Ok(Vec::new())
+        }
+    }
+
+    #[test]
+    fn what_was_seen_before_something_was_done_does_not_count() {
+        let mut machines = Machines::new(Arc::new(Nothing));
+        machines.looking = true;
+        machines.worked("m", Ok(()));
+        machines.found(Ok(Running::new()));
+        assert!(machines.running.is_none(), "it would be started a second time");
+        machines.looking = true;
+        machines.found(Ok(Running::from([("m".to_owned(), None)])));
+        assert_eq!(machines.running(), ["m"]);
+        machines.worked("m", Ok(()));
+        assert_eq!(machines.running(), ["m"], "to look anew is no end");
     }
 }

@@ -557,13 +557,22 @@ impl Agent {
         }
         let quiet = !self.volumes.any();
         let closed = quiet && self.disks.close(&self.ground, end);
+        let mut majority = false;
         if let Some(runtime) = self.runtime.take() {
             // What was proposed last, so that others need not wait for the lease to end.
             let cluster = Arc::clone(&self.ground.cluster);
-            runtime.block_on(async move { tokio::time::timeout(LAST, cluster.confirmed_later()).await.ok() });
+            let confirmed =
+                runtime.block_on(async move { tokio::time::timeout(LAST, cluster.confirmed_later()).await });
+            majority = matches!(confirmed, Ok(Ok(_)));
             runtime.shutdown_timeout(Duration::from_secs(2));
         }
         if closed {
+            Ok(())
+        } else if !majority {
+            // One of the last of a cluster that is stopped as a whole: nobody is left who could let it drop its peers' copies.
+            eprintln!(
+                "unibody: the other nodes are gone, and the node ends as if it had crashed: nothing is lost"
+            );
             Ok(())
         } else {
             // Closing would mark clean what an owner has not made equal: the disks are left as a crash would.

@@ -217,7 +217,9 @@ fn a_drained_node_is_left_by_everything_and_can_be_removed() {
     assert!(!cluster.run(3, &["node", "list"]).contains("n2"));
     cluster.wait_end(2);
     cluster.wait_whole(3);
-    assert_eq!(vm(&cluster.status(1), "web")["state"], "running");
+    cluster.wait(1, "the VM runs on", |status| {
+        vm(status, "web")["state"] == "running"
+    });
 }
 
 #[test]
