@@ -48,37 +48,37 @@ const CRC_AT: usize = HEAD - 4;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u8)]
 pub enum Kind {
-    /// [`Request::Seal`]
+    /// [`Request::Seal`](crate::replica::Request::Seal)
     Seal = 1,
-    /// [`Request::CreateChunk`]
+    /// [`Request::CreateChunk`](crate::replica::Request::CreateChunk)
     CreateChunk = 2,
-    /// [`Request::DropChunk`]
+    /// [`Request::DropChunk`](crate::replica::Request::DropChunk)
     DropChunk = 3,
-    /// [`Request::Write`]
+    /// [`Request::Write`](crate::replica::Request::Write)
     Write = 4,
-    /// [`Request::Zero`]
+    /// [`Request::Zero`](crate::replica::Request::Zero)
     Zero = 5,
-    /// [`Request::Read`]
+    /// [`Request::Read`](crate::replica::Request::Read)
     Read = 6,
-    /// [`Request::Flush`]
+    /// [`Request::Flush`](crate::replica::Request::Flush)
     Flush = 7,
-    /// [`Request::Digest`]
+    /// [`Request::Digest`](crate::replica::Request::Digest)
     Digest = 8,
-    /// [`Request::Install`]
+    /// [`Request::Install`](crate::replica::Request::Install)
     Install = 9,
-    /// [`Request::Settle`]
+    /// [`Request::Settle`](crate::replica::Request::Settle)
     Settle = 10,
-    /// [`Request::Confirm`]
+    /// [`Request::Confirm`](crate::replica::Request::Confirm)
     Confirm = 11,
-    /// [`Reply::Done`]
+    /// [`Reply::Done`](crate::replica::Reply::Done)
     Done = 32,
-    /// [`Reply::Sealed`]
+    /// [`Reply::Sealed`](crate::replica::Reply::Sealed)
     Sealed = 33,
-    /// [`Reply::Read`]
+    /// [`Reply::Read`](crate::replica::Reply::Read)
     ReadReply = 34,
-    /// [`Reply::Digest`]
+    /// [`Reply::Digest`](crate::replica::Reply::Digest)
     DigestReply = 35,
-    /// [`Reply::Refused`]
+    /// [`Reply::Refused`](crate::replica::Reply::Refused)
     Refused = 36,
     /// A disk of the listener can be reached, or not any more.
     Disk = 64,
