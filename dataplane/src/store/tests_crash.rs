@@ -6,8 +6,8 @@
 use std::collections::BTreeMap;
 
 use super::check::{Verdict, check};
-use super::tests_disk::*;
 use super::tables::{ABSENT, EMPTY};
+use super::tests_disk::*;
 use super::{Store, Tag};
 use crate::ids::*;
 use crate::replica::*;

@@ -330,7 +330,9 @@ impl Model {
                 // What a crash left without its record is durably zeroed before it may be valid again.
                 if self.doubt.remove(&(c, region)) {
                     for side in [&mut self.chunks, &mut self.durable] {
-                        let Some((_, extents)) = side.get_mut(&c) else { continue };
+                        let Some((_, extents)) = side.get_mut(&c) else {
+                            continue;
+                        };
                         for (_, extent) in extents.iter_mut().filter(|(at, _)| Self::region(**at) == region) {
                             for b in (0..16).filter(|b| extent.image.valid >> b & 1 == 0) {
                                 extent.data[b] = [0; 8];
