@@ -14,6 +14,8 @@ use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::time::Instant;
 
+use unibody_dataplane::reactor::pin::spawn_pinned;
+
 /// Bytes that are written and read, of a volume of twice the size.
 pub(crate) const SPAN: u64 = 512 << 20;
 const BLOCK: usize = 4096;
@@ -70,11 +72,12 @@ fn resident_mib(processes: &[u32]) -> f64 {
     processes.iter().map(pages).sum::<f64>() * 4096.0 / f64::from(1 << 20)
 }
 
-/// Microseconds of a request and its answer over TCP between two threads that sleep until something comes.
-fn round_trip(count: u32) -> f64 {
+/// Microseconds of a request and its answer over TCP between two threads that sleep until something comes, the one on core 0
+/// and the other on `far_core`.
+fn round_trip(count: u32, far_core: usize) -> f64 {
     let listener = TcpListener::bind("127.0.0.1:0").expect("a port is free");
     let address = listener.local_addr().expect("it is bound");
-    let far = std::thread::spawn(move || {
+    let far = spawn_pinned("far", far_core, move || {
         let (mut socket, _) = listener.accept().expect("the other thread connects");
         socket.set_nodelay(true).expect("it is TCP");
         let mut room = [0; FRAME + BLOCK];
@@ -84,20 +87,24 @@ fn round_trip(count: u32) -> f64 {
                 .expect("the other thread waits for it");
         }
     });
-    let mut socket = TcpStream::connect(address).expect("it listens");
-    socket.set_nodelay(true).expect("it is TCP");
-    let mut answer = [0; ANSWER];
-    let begun = Instant::now();
-    for _ in 0..count {
-        socket
-            .write_all(&[5; FRAME + BLOCK])
-            .expect("the other thread reads");
-        socket.read_exact(&mut answer).expect("the other thread answers");
-    }
-    let each = begun.elapsed().as_secs_f64() * 1e6 / f64::from(count);
-    drop(socket);
-    far.join().expect("it ends with the connection");
-    each
+    let near = spawn_pinned("near", 0, move || {
+        let mut socket = TcpStream::connect(address).expect("it listens");
+        socket.set_nodelay(true).expect("it is TCP");
+        let mut answer = [0; ANSWER];
+        let begun = Instant::now();
+        for _ in 0..count {
+            socket
+                .write_all(&[5; FRAME + BLOCK])
+                .expect("the other thread reads");
+            socket.read_exact(&mut answer).expect("the other thread answers");
+        }
+        begun.elapsed().as_secs_f64() * 1e6 / f64::from(count)
+    });
+    let each = near.expect("core 0 can be used").join();
+    far.expect("the core can be used")
+        .join()
+        .expect("it ends with the connection");
+    each.expect("every request is answered")
 }
 
 /// Microseconds of a write of a block to a file like the nodes' disks.
@@ -143,9 +150,11 @@ fn main() {
             "Ceph (ceph-mon, ceph-mgr, ceph-osd, and fio with its engine rbd) is not installed: no comparison with it\n"
         );
     }
-    let (mut bare, mut single) = (Vec::new(), Vec::new());
+    let (mut bare, mut apart, mut single) = (Vec::new(), Vec::new(), Vec::new());
     for _ in 0..runs {
-        bare.push(round_trip(count) + device_write(dir.path(), count));
+        let write = device_write(dir.path(), count);
+        bare.push(round_trip(count, 0) + write);
+        apart.push(round_trip(count, 1) + write);
         let work = Work {
             rw: "randwrite",
             depth: 1,
@@ -155,11 +164,14 @@ fn main() {
     }
     println!("| work | unit | Unibody | peer | ratio | target |");
     println!("| --- | --- | --- | --- | --- | --- |");
-    let ((ours_us, ours_text), (bare_us, bare_text)) = (of(single), of(bare));
-    println!(
-        "| random write, depth 1 | us (p50) | {ours_text} | {bare_text} (a round trip and a write) | {:.2} | at most 1.5 |",
-        ours_us / bare_us
-    );
+    let (ours_us, ours_text) = of(single);
+    for (bare, place) in [(bare, "on one core, as the nodes"), (apart, "between two cores")] {
+        let (bare_us, bare_text) = of(bare);
+        println!(
+            "| random write, depth 1 | us (p50) | {ours_text} | {bare_text} (a round trip {place}, and a write) | {:.2} | at most 1.5 |",
+            ours_us / bare_us
+        );
+    }
     for (rw, depth, target) in [
         ("randwrite", 1, ""),
         ("randread", 1, ""),
