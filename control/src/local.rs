@@ -96,7 +96,15 @@ impl LocalState {
             let path = path.to_path_buf();
             move |source| OpenError::System { doing, path, source }
         };
-        fs::create_dir_all(dir).map_err(system("making the directory", dir))?;
+        if !dir.exists() {
+            fs::create_dir_all(dir).map_err(system("making the directory", dir))?;
+            // Of a path like `state` the parent is the working directory.
+            let parent = dir.parent().filter(|parent| !parent.as_os_str().is_empty());
+            let parent = parent.unwrap_or(Path::new("."));
+            File::open(parent)
+                .and_then(|parent| parent.sync_all())
+                .map_err(system("flushing", parent))?;
+        }
         let lock_path = dir.join("lock");
         let lock = OpenOptions::new()
             .create(true)

@@ -125,6 +125,22 @@ impl fmt::Display for Finding {
     }
 }
 
+/// Findings as they come in: so many are kept, all are counted.
+#[derive(Debug, Default)]
+pub(super) struct Findings {
+    pub(super) kept: Vec<Finding>,
+    pub(super) total: u64,
+}
+
+impl Findings {
+    pub(super) fn push(&mut self, finding: Finding) {
+        self.total += 1;
+        if self.kept.len() < FINDINGS_MAX {
+            self.kept.push(finding);
+        }
+    }
+}
+
 /// The outcome.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Verdict {
@@ -179,7 +195,7 @@ pub fn check(io: &mut dyn BlockIo, progress: &mut dyn FnMut(u64, u64)) -> CheckR
         in_doubt: 0,
         quarantined: 0,
     };
-    let mut findings = Vec::new();
+    let mut findings = Findings::default();
     let usable = walk(io, &mut report, &mut findings, progress);
     if let Err(e) = usable {
         report.verdict = Verdict::Unusable;
@@ -192,19 +208,18 @@ pub fn check(io: &mut dyn BlockIo, progress: &mut dyn FnMut(u64, u64)) -> CheckR
             LoadError::Short { .. } => "the disk is shorter than its format says",
             LoadError::Checkpoints => "neither checkpoint is intact",
         }));
-    } else if !findings.is_empty() {
+    } else if findings.total > 0 {
         report.verdict = Verdict::Damaged;
     }
-    report.findings_total = findings.len() as u64;
-    findings.truncate(FINDINGS_MAX);
-    report.findings = findings;
+    report.findings_total = findings.total;
+    report.findings = findings.kept;
     report
 }
 
 fn walk(
     io: &mut dyn BlockIo,
     report: &mut CheckReport,
-    findings: &mut Vec<Finding>,
+    findings: &mut Findings,
     progress: &mut dyn FnMut(u64, u64),
 ) -> Result<(), LoadError> {
     let loaded = load(io, findings)?;
@@ -274,7 +289,13 @@ fn walk(
                 }
                 report.blocks += 1;
                 let offset = offset + (b * BLOCK) as u64;
-                if !whole && io.read(offset, block).is_err() {
+                let readable = whole
+                    || match io.read(offset, block) {
+                        Ok(()) => true,
+                        Err(IoError::Media) => false,
+                        Err(e) => return Err(e),
+                    };
+                if !readable {
                     findings.push(Finding::Unreadable { offset });
                 } else if crate::checksum::crc32c(block) == record.image.crcs[b] {
                 } else if doubtful {

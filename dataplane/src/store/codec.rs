@@ -188,6 +188,9 @@ impl Superblock {
     }
 }
 
+/// No sequence of checkpoints or journal blocks gets so far in the life of a disk; what says so is not believed.
+pub(super) const SEQUENCE_MAX: u64 = 1 << 62;
+
 /// The head of a checkpoint area: written last, so that an intact one vouches for tables, pages and tail.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct CheckpointHeader {
@@ -205,7 +208,7 @@ pub struct CheckpointHeader {
     pub volumes: u32,
     /// Entries (from the first) of the chunk table that are written.
     pub chunks: u32,
-    /// The disk was closed: nothing is dirty and the journal is empty.
+    /// The disk was closed: the journal is empty, and only what was not stable is dirty.
     pub clean: bool,
     /// Hash of the written table blocks.
     pub tables: [u8; 32],
@@ -241,6 +244,8 @@ impl CheckpointHeader {
         let good = get_u64(b, 0) == HEADER_MAGIC
             && get_u32(b, 8) == FORMAT_VERSION
             && get_u32(b, 12) == area
+            && get_u64(b, 16) <= SEQUENCE_MAX
+            && get_u64(b, 24) <= SEQUENCE_MAX
             && seed.hash(&b[..BLOCK], BLOCK - 32)[..] == b[BLOCK - 32..BLOCK];
         good.then(|| CheckpointHeader {
             sequence: get_u64(b, 16),
@@ -627,7 +632,8 @@ impl BlockHeader {
         let used = get_u32(b, 12);
         let good = get_u64(b, 0) == JOURNAL_MAGIC
             && get_u32(b, 8) == FORMAT_VERSION
-            && (JOURNAL_HEADER..=BLOCK).contains(&(used as usize));
+            && (JOURNAL_HEADER..=BLOCK).contains(&(used as usize))
+            && get_u64(b, 24) <= SEQUENCE_MAX;
         if !good {
             return None;
         }

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use super::check::Finding;
+use super::check::{Finding, Findings};
 use super::codec::{
     BlockHeader, CHUNK_ENTRY, CheckpointHeader, ChunkEntry, Entry, RECORD, RECORDS_PER_PAGE, Record,
     RecordDamaged, Seed, SuperError, Superblock, VOLUME_ENTRY, VolumeEntry,
@@ -55,21 +55,24 @@ pub(super) struct Loaded {
 }
 
 /// Reads superblock, checkpoint and journal.
-pub(super) fn load(io: &mut dyn BlockIo, findings: &mut Vec<Finding>) -> Result<Loaded, LoadError> {
+pub(super) fn load(io: &mut dyn BlockIo, findings: &mut Findings) -> Result<Loaded, LoadError> {
     let (layout, superblock_lost) = superblock(io, findings)?;
     let seed = Seed::new(layout.superblock.uuid);
+    let mut rot = false;
     let mut headers = [None; 2];
     let mut block = vec![0; BLOCK];
     for (area, header) in headers.iter_mut().enumerate() {
         match io.read(layout.checkpoints[area], &mut block) {
             Ok(()) => *header = CheckpointHeader::decode(&seed, area as u32, &block),
-            Err(IoError::Media) => findings.push(Finding::CheckpointHeader { area }),
+            Err(IoError::Media) => {
+                findings.push(Finding::CheckpointHeader { area });
+                rot = true;
+            }
             Err(e) => return Err(e.into()),
         }
     }
     let mut order = [0, 1];
     order.sort_by_key(|&a| std::cmp::Reverse(headers[a].map_or(0, |h: CheckpointHeader| h.sequence)));
-    let mut rot = false;
     for area in order {
         let Some(header) = headers[area] else { continue };
         let Some((volumes, chunks)) = tables(io, &layout, &seed, area, &header)? else {
@@ -97,7 +100,7 @@ pub(super) fn load(io: &mut dyn BlockIo, findings: &mut Vec<Finding>) -> Result<
     Err(LoadError::Checkpoints)
 }
 
-fn superblock(io: &mut dyn BlockIo, findings: &mut Vec<Finding>) -> Result<(Layout, bool), LoadError> {
+fn superblock(io: &mut dyn BlockIo, findings: &mut Findings) -> Result<(Layout, bool), LoadError> {
     let block = BLOCK as u64;
     let size = io.size() / block * block;
     if size < 2 * block {
@@ -195,8 +198,8 @@ fn tables(
 }
 
 /// Follows the chain from the tail. It ends at the first block that does not continue it: a tail that was cut off, or
-/// rot, if an intact later block says that this one had been flushed.
-fn replay(io: &mut dyn BlockIo, loaded: &mut Loaded, findings: &mut Vec<Finding>) -> Result<(), LoadError> {
+/// rot, if an intact later block says that this one had been flushed, or is of a later boot.
+fn replay(io: &mut dyn BlockIo, loaded: &mut Loaded, findings: &mut Findings) -> Result<(), LoadError> {
     let ring = loaded.layout.superblock.journal_blocks;
     let header = loaded.header;
     let (mut sequence, mut hash) = (header.tail, header.tail_hash);
@@ -274,7 +277,9 @@ fn replay(io: &mut dyn BlockIo, loaded: &mut Loaded, findings: &mut Vec<Finding>
         for one in bytes.chunks_exact(BLOCK) {
             if let Some((head, _)) = BlockHeader::open(&loaded.seed, one) {
                 highest = highest.max(head.sequence);
-                rotten |= head.boot == header.boot && head.sequence > stopped && head.flushed > stopped;
+                // A later boot begins its chain above everything before, and not before its own checkpoint is durable: if
+                // there is a block of it, that checkpoint is gone, and with it what this one does not know.
+                rotten |= head.sequence > stopped && (head.boot != header.boot || head.flushed > stopped);
             }
         }
         at += count;

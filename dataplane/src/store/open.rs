@@ -151,7 +151,7 @@ impl Store {
     /// # Errors
     /// See [`OpenError`]. An error leaves the disk as good as it was.
     pub fn open(io: &mut dyn BlockIo, options: &OpenOptions) -> Result<(Store, OpenReport), OpenError> {
-        let mut findings = Vec::new();
+        let mut findings = super::check::Findings::default();
         let mut loaded = load(io, &mut findings)?;
         if loaded.header.boot == options.boot.0 {
             return Err(OpenError::BootReused);
@@ -167,7 +167,7 @@ impl Store {
             replayed_blocks: loaded.replayed,
             pages_home: scanned.pages_home,
             extents: scanned.extents,
-            damage: findings.iter().take(1000).map(ToString::to_string).collect(),
+            damage: findings.kept.iter().take(1000).map(ToString::to_string).collect(),
             ..OpenReport::default()
         };
         let mut dropping = 0;
@@ -270,7 +270,7 @@ impl Store {
 fn scan(
     io: &mut dyn BlockIo,
     loaded: &mut Loaded,
-    findings: &mut Vec<super::Finding>,
+    findings: &mut super::check::Findings,
 ) -> Result<Scanned, OpenError> {
     let mut places = BTreeMap::new();
     for (i, entry) in loaded.chunks.iter().enumerate() {
