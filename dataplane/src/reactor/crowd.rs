@@ -17,10 +17,12 @@ use std::time::{Duration, Instant};
 
 /// How often it is looked.
 const LOOK: Duration = Duration::from_millis(100);
-/// A core is shared when a thread waited for it for more than this part of the time.
-const PART: u32 = 16;
+/// A core is shared when a thread waited for it for more than this part of the time
+const PART: u32 = 8;
+/// at so many looks in a row: a program that starts, or a moment's work of the kernel, is no neighbour.
+const LOOKS: u32 = 5;
 /// How long it is then taken to be shared: without polling there is less waiting to be seen.
-const HOLD: Duration = Duration::from_secs(3);
+const HOLD: Duration = Duration::from_secs(10);
 
 /// What a reactor knows of its core; see the module.
 #[derive(Debug, Default)]
@@ -66,15 +68,22 @@ impl Waiting {
 #[derive(Debug, Default)]
 struct Judge {
     last: Option<(Instant, Duration)>,
+    waited: u32,
     shared_until: Option<Instant>,
 }
 
 impl Judge {
     /// The thread had waited for so long by `now`: is its core shared?
     fn look(&mut self, waited: Duration, now: Instant) -> bool {
-        if let Some((then, before)) = self.last.replace((now, waited))
-            && waited.saturating_sub(before) * PART > now.saturating_duration_since(then)
-        {
+        let Some((then, before)) = self.last.replace((now, waited)) else {
+            return false;
+        };
+        if waited.saturating_sub(before) * PART > now.saturating_duration_since(then) {
+            self.waited += 1;
+        } else {
+            self.waited = 0;
+        }
+        if self.waited >= LOOKS || self.waited > 0 && self.shared_until.is_some_and(|until| now < until) {
             self.shared_until = Some(now + HOLD);
         }
         self.shared_until.is_some_and(|until| now < until)
@@ -144,13 +153,31 @@ mod tests {
     const MS: Duration = Duration::from_millis(1);
 
     #[test]
-    fn a_core_is_shared_while_its_thread_waits_and_for_a_while_after() {
+    fn a_core_is_shared_when_its_thread_waits_for_long_and_for_a_while_after() {
         let (start, mut judge) = (Instant::now(), Judge::default());
-        assert!(!judge.look(500 * MS, start), "what was before is not known");
-        assert!(!judge.look(506 * MS, start + 100 * MS), "a sixteenth is not much");
-        assert!(judge.look(513 * MS, start + 200 * MS));
-        assert!(judge.look(513 * MS, start + 200 * MS + HOLD - MS));
-        assert!(!judge.look(513 * MS, start + 200 * MS + HOLD));
+        let (mut now, mut waited) = (start, 500 * MS);
+        let mut look = |waits: Duration, passed: Duration| {
+            (now, waited) = (now + passed, waited + waits);
+            judge.look(waited, now)
+        };
+        assert!(!look(MS, MS), "what was before is not known");
+        for _ in 0..3 {
+            for _ in 1..LOOKS {
+                assert!(!look(13 * MS, 100 * MS), "not yet");
+            }
+            assert!(!look(12 * MS, 100 * MS), "an eighth is not much");
+        }
+        for n in 1..=LOOKS {
+            assert_eq!(look(13 * MS, 100 * MS), n == LOOKS);
+        }
+        assert!(look(Duration::ZERO, HOLD - MS), "held");
+        assert!(!look(Duration::ZERO, MS));
+        for n in 1..=LOOKS {
+            assert_eq!(look(13 * MS, 100 * MS), n == LOOKS);
+        }
+        assert!(look(Duration::ZERO, HOLD - 100 * MS));
+        assert!(look(13 * MS, 50 * MS), "once is enough to go on");
+        assert!(look(Duration::ZERO, HOLD - MS));
     }
 
     #[test]
