@@ -282,6 +282,9 @@ impl Api {
                 Ok(applied) => return Ok(Ok(applied)),
                 Err(ProposeError::Refused(refused)) => return Ok(Err(refused)),
                 Err(error @ ProposeError::TooLong(_)) => return Err(wrong(error.to_string())),
+                Err(error @ ProposeError::Forgotten) => {
+                    return Err(Failure(StatusCode::SERVICE_UNAVAILABLE, error.to_string()));
+                }
                 Err(error) => error,
             };
             if tokio::time::Instant::now() >= end {
