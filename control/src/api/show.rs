@@ -41,7 +41,7 @@ pub(super) async fn status(State(api): State<Api>) -> Json<ClusterStatus> {
 }
 
 /// Asks all nodes at once.
-async fn said(api: &Api, state: &Arc<Control>) -> Said {
+pub(super) async fn said(api: &Api, state: &Arc<Control>) -> Said {
     let mut asking = JoinSet::new();
     for &node in state.nodes.keys() {
         let (api, state) = (api.clone(), Arc::clone(state));

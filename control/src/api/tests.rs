@@ -56,6 +56,7 @@ struct Node {
     address: String,
     token: String,
     handle: AgentHandle,
+    cluster: Arc<Cluster>,
     running: Option<JoinHandle<Result<(), AgentError>>>,
 }
 
@@ -88,6 +89,7 @@ impl Node {
             address,
             token,
             handle: agent.handle(),
+            cluster: agent.cluster(),
             running: Some(std::thread::spawn(move || agent.run())),
         };
         node.wait("its disks are in service", |status| {
@@ -241,6 +243,12 @@ fn what_makes_no_sense_is_refused_and_changes_nothing() {
         (
             "POST",
             "/v1/volumes",
+            json!({ "name": "v", "size": 1u64 << 50 }),
+            400,
+        ),
+        (
+            "POST",
+            "/v1/volumes",
             json!({ "name": "v", "size": 4096, "mirror": 0 }),
             400,
         ),
@@ -348,6 +356,33 @@ fn a_vm_runs_until_it_is_stopped() {
     );
     node.done("POST", "/v1/vms/big/start", &json!({}));
     node.wait("it has no room", is("waiting"));
+}
+
+#[test]
+fn what_is_for_a_node_whose_address_leads_here_is_not_passed_on_in_a_circle() {
+    let node = Node::start();
+    let add = Command::AddNode {
+        node: NodeId(77),
+        store: 77,
+        name: "n2".into(),
+        addresses: vec![node.address.clone()],
+        domain: "n2".into(),
+        memory: 0,
+        incarnation: 1,
+    };
+    node.cluster.propose(node.cluster.request(), &add).unwrap();
+    let (status, problem) = node.send("POST", "/v1/nodes/n2/command", &json!({ "command": "status" }));
+    let error = problem["error"].as_str().unwrap();
+    assert!(
+        status == 409 && error.contains("its address leads to node n1"),
+        "{problem}"
+    );
+    let seen = node.get("/v1/status");
+    let alive = |name: &str| {
+        let nodes = seen["nodes"].as_array().unwrap();
+        nodes.iter().find(|node| node["name"] == name).unwrap()["alive"].clone()
+    };
+    assert_eq!((alive("n1"), alive("n2")), (json!(true), json!(false)));
 }
 
 #[test]
