@@ -103,7 +103,7 @@ pub(super) async fn create_volume(State(api): State<Api>, Given(new): Given<NewV
 
 /// Looked at before so much is planned and written down.
 fn few_enough(chunks: u32, mirror: u32) -> Result<(), Failure> {
-    let most = REPLICAS_MAX / u64::from(mirror.max(1)) * CHUNK >> 40;
+    let most = (REPLICAS_MAX / u64::from(mirror.max(1)) * CHUNK) >> 40;
     (u64::from(chunks) * u64::from(mirror) <= REPLICAS_MAX)
         .then_some(())
         .ok_or_else(|| {
