@@ -79,11 +79,14 @@ fn an_owner_that_stood_still_past_its_lease_does_nothing_any_more() {
         let owner = cluster.lock().unwrap().owner();
         owner.is_some_and(|owner| owner != zombie)
     });
+    // Most blocks have been written anew. What it is asked now it finds when it goes on.
     load.answers(1000);
+    load.haunt();
     cluster.lock().unwrap().go_on(zombie);
     load.answers(3000);
     let done = load.end();
     assert_eq!(done.moves, 1);
+    assert!(done.refused > 0, "it was asked, and has said no: {done:?}");
     end(cluster);
 }
 
