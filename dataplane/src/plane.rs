@@ -17,10 +17,11 @@ use crate::disk::Disk;
 use crate::frontend::Queue;
 use crate::ids::{BootId, DiskUuid, Generation, PowerId, VolumeId};
 use crate::mirror::MirrorStatus;
+use crate::reactor::crowd::{Crowd, Lookout, own_waiting};
 use crate::reactor::mailbox::{Sender, Waker, mailbox};
 use crate::reactor::pin::{Pinned, spawn_pinned};
 use crate::replica::ChunkRef;
-use crate::shard::{Message, Shard};
+use crate::shard::{Message, Seat, Shard};
 use crate::store::{Store, StoreStats};
 use crate::wire::LinkCounts;
 use crate::wire::handshake::{self, Handshake, HandshakeError, Local, NodeId, PARAMS, Params, Peer, Purpose};
@@ -270,6 +271,7 @@ impl Lease {
 pub struct Plane {
     ports: Vec<Port>,
     lease: Arc<Lease>,
+    _lookout: Lookout,
 }
 
 impl Plane {
@@ -288,15 +290,20 @@ impl Plane {
             .map(|waker| mailbox::<Message>(MAILBOX, waker))
             .unzip();
         let lease = Arc::new(Lease::new());
-        let mut ports = Vec::new();
+        let (mut ports, mut looked_after) = (Vec::new(), Vec::new());
         for (number, (receiver, &core)) in receivers.into_iter().zip(cores).enumerate() {
             let (peers, waker, events) = (senders.clone(), Arc::clone(&wakers[number]), events.clone());
-            let lease = Arc::clone(&lease);
+            let (lease, crowd) = (Arc::clone(&lease), Arc::new(Crowd::default()));
+            let seat = Seat {
+                number,
+                core,
+                crowd: Arc::clone(&crowd),
+            };
             let (started, outcome) = mpsc::channel();
             let thread = spawn_pinned(&format!("reactor{number}"), core, move || {
-                match Shard::new(number, core, waker, receiver, peers, events, lease) {
+                match Shard::new(seat, waker, receiver, peers, events, lease) {
                     Ok(shard) => {
-                        started.send(Ok(())).ok();
+                        started.send(Ok(own_waiting().ok())).ok();
                         let _guard = AbortOnPanic;
                         shard.run();
                     }
@@ -306,15 +313,23 @@ impl Plane {
                 }
             })
             .map_err(io::Error::other)?;
-            outcome
+            let waiting = outcome
                 .recv()
                 .unwrap_or_else(|_| Err(io::Error::other("the reactor died while it started")))?;
+            // A kernel that does not count it leaves the core to the reactor.
+            looked_after.extend(waiting.map(|waiting| (waiting, crowd)));
             ports.push(Port {
                 mailbox: senders[number].clone(),
                 thread: Some(thread),
             });
         }
-        Ok((Plane { ports, lease }, receiver))
+        let lookout = Lookout::start(looked_after)?;
+        let plane = Plane {
+            ports,
+            lease,
+            _lookout: lookout,
+        };
+        Ok((plane, receiver))
     }
 
     fn send(&self, shard: usize, command: Command) {

@@ -158,7 +158,8 @@ pub enum Request {
         /// A whole extent's room: block `i` at byte `i * 4096`; only blocks in `write` matter.
         data: Payload,
     },
-    /// The region was compared with all in-sync replicas, equalised and flushed: it is no longer in doubt.
+    /// The region was compared with all in-sync replicas, equalised and flushed: it is no longer in doubt. Before that
+    /// is durable, what is not valid of its extents is zero, durably.
     Settle {
         /// The replica.
         chunk: ChunkRef,

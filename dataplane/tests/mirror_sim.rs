@@ -60,6 +60,10 @@ const KEPT: &[(u64, &str)] = &[
         36446,
         "a region that a rebuilding replica alone had a write of was to be copied again, and nobody began",
     ),
+    (
+        21499,
+        "data whose record a loss of power had taken came back when a later write of the block lost its data",
+    ),
 ];
 
 #[test]

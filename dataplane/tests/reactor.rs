@@ -218,7 +218,7 @@ fn no_wake_up_is_lost() {
                 received.fetch_add(1, Ordering::Relaxed);
                 worked = true;
             }
-            if policy.turn(worked, Instant::now) == Idle::Spin {
+            if policy.turn(worked, false, Instant::now) == Idle::Spin {
                 continue;
             }
             waker.arm();

@@ -53,6 +53,10 @@ pub(super) enum Stage {
     Ended,
 }
 
+/// How many requests a disk of this node may have out before one of another node is read instead. The way there costs both
+/// nodes more than the disk's own work, and a disk does some tens of requests at a time anyway.
+pub(super) const FAR: u32 = 32;
+
 /// Edges of an unaligned write.
 const HEAD: u8 = 1;
 const TAIL: u8 = 2;
@@ -548,13 +552,14 @@ impl Mirror {
         self.send_slot(c, slot, Purpose::Piece { piece: p, slot }, request, out);
     }
 
+    /// The replica to read from.
     fn least_loaded(&self, c: u32, mut candidates: u8) -> Option<u8> {
         let mut best: Option<(u32, u8)> = None;
         while candidates != 0 {
             let slot = candidates.trailing_zeros() as u8;
             candidates &= candidates - 1;
             let disk = &self.disks[usize::from(self.chunks[c as usize].slots[usize::from(slot)].disk)];
-            let load = disk.out * 2 + u32::from(!disk.near);
+            let load = disk.out + if disk.near { 0 } else { FAR };
             if best.is_none_or(|(least, _)| load < least) {
                 best = Some((load, slot));
             }

@@ -1,5 +1,6 @@
 //! Single scenes that the simulators meet too rarely, played step by step.
 
+use super::ops::FAR;
 use super::*;
 use crate::config::{Change, Slot, SlotState};
 use crate::geometry::Geometry;
@@ -213,4 +214,31 @@ fn an_owner_that_was_replaced_returns_nothing_it_read() {
         assert_eq!(scene.mirror.phase(), Phase::Fenced);
         assert_eq!(scene.done, [(OpId(0), Err(OpError::Gone), true)]);
     }
+}
+
+#[test]
+fn reads_stay_on_this_node_until_its_disk_has_a_queue() {
+    let mut scene = Scene::new();
+    let arena = Arena::new(1).unwrap();
+    scene.mirror.disk_up(DiskUuid(1), false, &mut scene.out);
+    scene.silent = vec![DiskIndex(0), DiskIndex(1)];
+    for op in 0..2 * FAR + 2 {
+        scene.mirror.submit(
+            OpId(op),
+            OpKind::Read,
+            0,
+            BLOCK as u64,
+            arena.payload(0),
+            &[],
+            &mut scene.out,
+        );
+    }
+    let reads = |disk| {
+        let to = |effect: &&Effect| matches!(effect, Effect::Send { disk: to, request: Request::Read { .. }, .. } if *to == disk);
+        scene.out.iter().filter(to).count() as u32
+    };
+    assert_eq!(
+        (reads(DiskIndex(0)), reads(DiskIndex(1))),
+        (FAR / 2 + 1, FAR + FAR / 2 + 1)
+    );
 }

@@ -2,7 +2,8 @@
 //!
 //! While there was work within the last [`SPIN`] it polls on; then it sleeps. Waking by an eventfd costs some 50 us, so
 //! polling for about as long bounds what is wasted to what a wake-up would have cost (the classic competitive argument).
-//! The clock is only read on turns without work.
+//! The clock is only read on turns without work. On a core that others want ([`crowd`](super::crowd)) it sleeps at once: they
+//! would have to wait for the end of the polling, and the one it polls for may be among them.
 
 use std::time::{Duration, Instant};
 
@@ -40,12 +41,16 @@ impl IdlePolicy {
         }
     }
 
-    /// To be told at the end of each turn whether it found work; `now` is called only if it did not.
+    /// To be told at the end of each turn whether it found work, and whether the core is shared; `now` is called only if it
+    /// found none on a core of its own.
     #[inline]
-    pub fn turn(&mut self, worked: bool, now: impl FnOnce() -> Instant) -> Idle {
+    pub fn turn(&mut self, worked: bool, shared: bool, now: impl FnOnce() -> Instant) -> Idle {
         if worked {
             self.idle_since = None;
             return Idle::Spin;
+        }
+        if shared {
+            return Idle::Sleep;
         }
         let now = now();
         let since = *self.idle_since.get_or_insert(now);
@@ -67,15 +72,22 @@ mod tests {
         let start = Instant::now();
         let at = |us| move || start + Duration::from_micros(us);
         let mut policy = IdlePolicy::new(Duration::from_micros(50));
-        assert_eq!(policy.turn(false, at(0)), Idle::Spin);
-        assert_eq!(policy.turn(false, at(49)), Idle::Spin);
-        assert_eq!(policy.turn(false, at(50)), Idle::Sleep);
+        assert_eq!(policy.turn(false, false, at(0)), Idle::Spin);
+        assert_eq!(policy.turn(false, false, at(49)), Idle::Spin);
+        assert_eq!(policy.turn(false, false, at(50)), Idle::Sleep);
         assert_eq!(
-            policy.turn(true, || unreachable!("no clock on a busy turn")),
+            policy.turn(true, false, || unreachable!("no clock on a busy turn")),
             Idle::Spin
         );
-        assert_eq!(policy.turn(false, at(60)), Idle::Spin);
-        assert_eq!(policy.turn(false, at(109)), Idle::Spin);
-        assert_eq!(policy.turn(false, at(110)), Idle::Sleep);
+        assert_eq!(policy.turn(false, false, at(60)), Idle::Spin);
+        assert_eq!(policy.turn(false, false, at(109)), Idle::Spin);
+        assert_eq!(policy.turn(false, false, at(110)), Idle::Sleep);
+    }
+    #[test]
+    fn does_not_poll_where_others_wait() {
+        let mut policy = IdlePolicy::new(Duration::from_micros(50));
+        let no_clock = || unreachable!("no clock on a shared core");
+        assert_eq!(policy.turn(true, true, no_clock), Idle::Spin);
+        assert_eq!(policy.turn(false, true, no_clock), Idle::Sleep);
     }
 }

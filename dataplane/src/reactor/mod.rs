@@ -8,6 +8,7 @@
 //! Deliberately absent: async, timers beyond "wake me at", and any knowledge of disks or devices.
 
 mod bell;
+pub mod crowd;
 pub mod eventfd;
 pub mod idle;
 pub mod mailbox;

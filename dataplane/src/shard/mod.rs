@@ -31,6 +31,7 @@ use crate::mirror::{self, Mirror};
 use crate::plane::{
     Command, DISKS_MAX, DiskIndex, DiskUp, Event, Lease, ReactorStats, VOLUMES_MAX, VolumeIndex,
 };
+use crate::reactor::crowd::Crowd;
 use crate::reactor::mailbox::{Receiver, Sender, Waker};
 use crate::reactor::{self, Idle, IdlePolicy, Ring};
 use crate::replica::{ChunkRef, Header, Reply, Request};
@@ -242,6 +243,7 @@ pub(crate) struct Shard {
     merges: Vec<(mirror::OpId, Option<Payload>, Option<Payload>)>,
     ring_events: Vec<reactor::Event>,
 
+    crowd: Arc<Crowd>,
     started: Instant,
     /// The bell is not watched: whoever sleeps would not hear it.
     deaf: bool,
@@ -254,10 +256,17 @@ pub(crate) struct Shard {
     stats: ReactorStats,
 }
 
+/// Where a reactor runs.
+pub(crate) struct Seat {
+    /// Its number among the reactors.
+    pub(crate) number: usize,
+    pub(crate) core: usize,
+    pub(crate) crowd: Arc<Crowd>,
+}
+
 impl Shard {
     pub(crate) fn new(
-        number: usize,
-        core: usize,
+        Seat { number, core, crowd }: Seat,
         waker: Arc<Waker>,
         inbox: Receiver<Message>,
         peers: Vec<Sender<Message>>,
@@ -297,6 +306,7 @@ impl Shard {
             finished: VecDeque::with_capacity(OPS_MAX),
             merges: Vec::new(),
             ring_events,
+            crowd,
             started: Instant::now(),
             deaf: false,
             now: 0,
@@ -325,7 +335,8 @@ impl Shard {
             };
             // Looking at the clock takes as long as looking for work: most idle turns do only the latter.
             let blind = !self.idle_turns.is_multiple_of(IDLE_BLIND);
-            if !blind && idle.turn(worked, Instant::now) == Idle::Sleep && self.may_sleep() {
+            let shared = self.crowd.is_shared();
+            if !blind && idle.turn(worked, shared, Instant::now) == Idle::Sleep && self.may_sleep() {
                 self.sleep();
             }
         }

@@ -54,6 +54,7 @@ impl Store {
         }
         match op.step {
             Step::Under => self.end(i, Reply::Done, out),
+            Step::Zeroing if matches!(op.request, Some(Request::Settle { .. })) => self.holes_zeroed(i),
             Step::Zeroing => self.wait_flush(i, 0, Step::ZeroFlush),
             step => unreachable!("no data is on its way in {step:?}"),
         }

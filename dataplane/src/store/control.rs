@@ -2,8 +2,11 @@
 
 use super::codec::{ChunkState, ENTRY_MAX, Entry};
 use super::ops::Step;
-use super::{Effect, Store};
-use crate::replica::{Reply, Request, Sealed, Status};
+use super::tables::{ABSENT, EMPTY};
+use super::write::runs;
+use super::{Effect, Failure, Store};
+use crate::ids::{BlockMask, EXTENTS_PER_REGION};
+use crate::replica::{ChunkRef, Reply, Request, Sealed, Status};
 
 impl Store {
     pub(super) fn begin_seal(&mut self, i: u32, out: &mut Vec<Effect>) {
@@ -162,6 +165,9 @@ impl Store {
         self.journal.next + u64::from(self.journal.pending())
     }
 
+    /// Zeroes what is not valid of the region's extents, flushes, and ends the doubt. A crash may have left data there
+    /// whose record it took: without the zeroes a later crash that takes the data of another write could bring it back,
+    /// after zeros were read in its place.
     pub(super) fn begin_settle(&mut self, i: u32, out: &mut Vec<Effect>) {
         let Some(Request::Settle { chunk, region }) = self.ops[i].request else {
             unreachable!()
@@ -175,6 +181,18 @@ impl Store {
             self.end(i, Reply::Done, out);
             return;
         }
+        if self.ops[i].step != Step::FreeJournal {
+            while usize::from(self.ops[i].cursor) < EXTENTS_PER_REGION {
+                let extent = u16::from(region) * EXTENTS_PER_REGION as u16 + u16::from(self.ops[i].cursor);
+                if !self.zero_holes(i, &chunk, extent, out) {
+                    return;
+                }
+                self.settled_extent(i);
+            }
+            if self.ops[i].holes != 0 {
+                return self.wait_flush(i, 0, Step::ZeroFlush);
+            }
+        }
         if !self.make_room(ENTRY_MAX, out) {
             self.ops.push(&mut self.journal_wait, i);
             return;
@@ -186,5 +204,51 @@ impl Store {
         self.ops[i].step = Step::Under;
         self.ops[i].journaling = true;
         self.ops.push(self.journal.waiters(need), i);
+    }
+
+    /// One extent of a settling, which holds the extent meanwhile. False: the operation was parked or has ended.
+    fn zero_holes(&mut self, i: u32, chunk: &ChunkRef, extent: u16, out: &mut Vec<Effect>) -> bool {
+        let place = self.ops[i].place;
+        if !self.ops[i].bucketed && !self.ops.order(i, place, extent, BlockMask::MAX, true) {
+            self.ops[i].step = Step::Ordered;
+            return false;
+        }
+        let map = self.tables.chunks[place as usize]
+            .map
+            .as_ref()
+            .expect("a live chunk has a map");
+        let slot = map[usize::from(extent)];
+        if slot == ABSENT {
+            return true;
+        }
+        let slot = slot & !EMPTY;
+        let Some(frame) = self.find_page(i, slot, out) else {
+            return false;
+        };
+        let Some(record) = self.extent_record(frame, slot, chunk, extent) else {
+            self.fail(Failure::MetadataRead, out);
+            return false;
+        };
+        let holes = !record.image.valid;
+        if holes == 0 {
+            return true;
+        }
+        self.ops[i].holes |= holes;
+        self.ops[i].step = Step::Zeroing;
+        runs(holes, |first, count| self.zero_data(i, slot, first, count, out));
+        false
+    }
+
+    /// Lets the extent go, for the next one.
+    fn settled_extent(&mut self, i: u32) {
+        self.ops.leave(i, &mut self.ready);
+        self.ops[i].cursor += 1;
+    }
+
+    /// The holes of an extent are zero.
+    pub(super) fn holes_zeroed(&mut self, i: u32) {
+        self.settled_extent(i);
+        self.ops[i].step = Step::Begin;
+        self.ops.push(&mut self.ready, i);
     }
 }

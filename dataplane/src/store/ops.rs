@@ -26,11 +26,11 @@ pub(super) enum Step {
     Begin,
     /// Its I/O or journal block is under way.
     Under,
-    /// Freeing: its slot is being zeroed.
+    /// Freeing: its slot is being zeroed. Settling: what is not valid of an extent is.
     Zeroing,
-    /// Freeing: the zeros are on their way to durability.
+    /// Freeing, settling: the zeros are on their way to durability.
     ZeroFlush,
-    /// Freeing: wants to journal the freeing.
+    /// Freeing, settling: wants to journal that.
     FreeJournal,
     /// Freeing: the freeing is on its way to durability.
     FreeFlush,

@@ -6,6 +6,7 @@
 use std::collections::BTreeMap;
 
 use super::check::{Verdict, check};
+use super::tables::{ABSENT, EMPTY};
 use super::tests_disk::*;
 use super::{Store, Tag};
 use crate::ids::*;
@@ -217,12 +218,47 @@ impl World {
                 since: Vec::new(),
             };
         }
-        for ((c, region), _) in doubtful {
+        for (&(c, region), &in_doubt) in &doubtful {
             let r = chunk(c, self.incarnation[c as usize]);
             let settle = Request::Settle { chunk: r, region };
             assert_eq!(rig.ask(header(self.generation, 0), settle), Reply::Done);
+            if in_doubt {
+                self.holes_are_zero(rig, c, region);
+            }
         }
         assert_eq!(rig.ask(header(self.generation, 0), Request::Flush), Reply::Done);
+        // Nothing is under way and all is flushed: what was trimmed may be freed from here on.
+        self.stable = self.version;
+        for (c, region) in doubtful.into_keys() {
+            self.holes_are_zero(rig, c, region);
+        }
+    }
+
+    /// What is not valid of a settled region is durably zero: it may become valid with any data of its record lost.
+    fn holes_are_zero(&mut self, rig: &mut Rig, c: u32, region: u8) {
+        let r = chunk(c, self.incarnation[c as usize]);
+        let digest = Request::Digest {
+            chunk: r,
+            region,
+            verify: false,
+        };
+        let Reply::Digest { in_doubt, extents } = rig.ask(header(self.generation, 0), digest) else {
+            panic!()
+        };
+        assert!(!in_doubt, "settled");
+        for (n, extent) in (u16::from(region) * 16..).zip(extents.iter()) {
+            let tables = &rig.store.tables;
+            let place = tables.chunk(r.key).expect("asked for above");
+            let slot = tables.chunks[place as usize].map.as_ref().expect("live")[usize::from(n)];
+            if slot == ABSENT {
+                continue;
+            }
+            for b in (0..16u8).filter(|b| extent.image.valid >> b & 1 == 0) {
+                let at = rig.store.layout.block_at(slot & !EMPTY, b) as usize;
+                let zero = rig.disk.durable[at..at + BLOCK].iter().all(|&byte| byte == 0);
+                assert!(zero, "a hole holds data: {c} {n} {b}");
+            }
+        }
     }
 
     /// Random steps until the power goes after `fuse` device writes, or `steps` are done.

@@ -327,7 +327,19 @@ impl Model {
                 Reply::Done
             }
             Request::Settle { region, .. } => {
-                self.doubt.remove(&(c, region));
+                // What a crash left without its record is durably zeroed before it may be valid again.
+                if self.doubt.remove(&(c, region)) {
+                    for side in [&mut self.chunks, &mut self.durable] {
+                        let Some((_, extents)) = side.get_mut(&c) else {
+                            continue;
+                        };
+                        for (_, extent) in extents.iter_mut().filter(|(at, _)| Self::region(**at) == region) {
+                            for b in (0..16).filter(|b| extent.image.valid >> b & 1 == 0) {
+                                extent.data[b] = [0; 8];
+                            }
+                        }
+                    }
+                }
                 Reply::Done
             }
             _ => unreachable!("answered above"),
