@@ -327,3 +327,47 @@ fn a_disk_opened_anew_gets_nothing_that_was_meant_for_the_old_one() {
         .count();
     assert_eq!((answers, world.asker.counts().late), (0, 1));
 }
+
+/// A disk goes and comes while a batch with one of its requests is being sent. Its end waits for the send; what its owner asks
+/// meanwhile ends with it, and is not sent later from memory that is another's by then; and the disk that came stays.
+#[test]
+fn what_is_asked_of_a_disk_that_is_ending_ends_with_it() {
+    let mut world = World::new();
+    world.connect();
+    world.carry(1 << 20);
+    world.want(0, 0, 1, 7);
+    let all = bytes(world.asker.gather(&mut world.effects).unwrap());
+    assert!(!world.asker.sent(1_000, &mut world.effects));
+    for news in [None, Some(offer(0, 2))] {
+        world.server.offer(0, news);
+        let batch = bytes(world.server.gather().unwrap());
+        assert!(world.server.sent(batch.len()));
+        let mut batch: VecDeque<u8> = batch.into();
+        let (ptr, room) = world.asker.room();
+        let now = put(&mut batch, ptr, room);
+        world.asker.received(now, &mut world.effects).unwrap();
+        assert_eq!(world.effects, [], "its memory is being read");
+    }
+    world.want(0, 1, 1, 8);
+    assert!(world.asker.sent(all.len() - 1_000, &mut world.effects));
+    let [Effect::Down(uuid), Effect::Up(notice)] = &world.effects[..] else {
+        panic!("{:?}", world.effects)
+    };
+    assert_eq!((*uuid, notice.boot), (DiskUuid(1), BootId(2)));
+    world.take();
+    assert!(world.wants.is_empty());
+    assert!(
+        world.asker.gather(&mut world.effects).is_none(),
+        "a request is sent whose owner was told that it is over"
+    );
+    // The first went out whole, and is answered late.
+    world.to_server.extend(&all);
+    world.settle();
+    assert_eq!(world.asker.counts().late, 1);
+    assert!(world.asker.disks().any(|notice| notice.uuid == DiskUuid(1)));
+    for block in [0, 1] {
+        world.want(0, block, 1, 0);
+    }
+    world.settle();
+    assert_eq!(world.asker.counts().mismatches, 0);
+}

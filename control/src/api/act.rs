@@ -1,21 +1,28 @@
 //! Everything that changes something: a proposal, or a word to the one node that can do it.
 
+use std::collections::BTreeSet;
 use std::time::Duration;
 
 use axum::Json;
 use axum::extract::{FromRequest, Path, Request, State};
-use axum::http::StatusCode;
+use axum::http::{HeaderMap, StatusCode};
 use serde::de::DeserializeOwned;
 use tokio::time::Instant;
 use unibody_dataplane::geometry::Geometry;
+use unibody_dataplane::ids::CHUNK;
 
+use super::show;
 use super::types::{Attached, Drain, NewVolume, OnNode, Resize, VmDefinition};
-use super::{Api, DO, Failure, PAUSE, conflict, find_node, name_of, wrong};
+use super::{Api, DO, Failure, PASSED_ON, PAUSE, conflict, find_node, name_of, wrong};
 use crate::admin::{NodeStatus, VolumeStatus};
 use crate::cluster::LocalRequest;
 use crate::planner;
-use crate::state::{Applied, Command, NodeId, Refused, State as Control, VmSpec, Volume};
+use crate::state::{
+    Applied, Command, Disk, NodeId, Refused, Replica, ReplicaState, State as Control, VmSpec, Volume,
+};
 
+/// Most replicas in one change: they have to be told in 16 MiB.
+const REPLICAS_MAX: u64 = 400_000;
 /// Times that a placement is planned anew because disks have come or gone meanwhile.
 const PLANS: u32 = 5;
 /// Between two looks at whether something has come about.
@@ -62,6 +69,7 @@ pub(super) async fn create_volume(State(api): State<Api>, Given(new): Given<NewV
             return Err(Refused::Size(new.size).into());
         }
         let count = geometry.chunks(new.size);
+        few_enough(count, new.mirror)?;
         let chunks = planner::plan_chunks_near(state, count, new.mirror, near)
             .map_err(|error| conflict(error.to_string()))?;
         let instance = crate::raft::random();
@@ -91,6 +99,18 @@ pub(super) async fn create_volume(State(api): State<Api>, Given(new): Given<NewV
         return Ok(StatusCode::NO_CONTENT);
     }
     unreachable!("the last plan's outcome is returned")
+}
+
+/// Looked at before so much is planned and written down.
+fn few_enough(chunks: u32, mirror: u32) -> Result<(), Failure> {
+    let most = (REPLICAS_MAX / u64::from(mirror.max(1)) * CHUNK) >> 40;
+    (u64::from(chunks) * u64::from(mirror) <= REPLICAS_MAX)
+        .then_some(())
+        .ok_or_else(|| {
+            wrong(format!(
+                "a volume grows by at most {most} TiB at a time: resize it in steps"
+            ))
+        })
 }
 
 /// The outcome of a change of a volume. That the volume has been attached since is no failure of the change.
@@ -128,6 +148,7 @@ pub(super) async fn resize_volume(
         .geometry()
         .chunks(size)
         .saturating_sub(volume.chunks.len() as u32);
+    few_enough(more, volume.mirror)?;
     let chunks =
         planner::plan_chunks(state, more, volume.mirror).map_err(|error| conflict(error.to_string()))?;
     let resize = Command::ResizeVolume {
@@ -353,7 +374,39 @@ pub(super) async fn remove_disk(State(api): State<Api>, Path(disk): Path<String>
         let why = format!("there is no disk {disk}: name it by its identity, see `unibody disk list`");
         return Err(Failure(StatusCode::NOT_FOUND, why));
     };
+    let said = show::said(&api, &view.state).await;
+    let disks = said.values().flat_map(|node| &node.disks);
+    let online: BTreeSet<&str> = disks
+        .filter(|disk| disk.state == "online")
+        .map(|disk| disk.uuid.as_str())
+        .collect();
+    if let Some(volume) = alone_on(&view.state, *found, |disk| {
+        online.contains(disk.to_string().as_str())
+    }) {
+        let why = format!(
+            "disk {disk} has the only copies of parts of volume {volume} that can be read now: bring the disks with the others back first"
+        );
+        return Err(conflict(why));
+    }
     api.propose(Command::DiskOut { disk: found.0 }).await.map(done)
+}
+
+/// A volume of which a disk that can be read has something that can be read nowhere else, though the state knows of another
+/// copy: with the disk taken out, only that one would count.
+fn alone_on(state: &Control, disk: Disk, can_be_read: impl Fn(Disk) -> bool) -> Option<&str> {
+    if !can_be_read(disk) {
+        return None;
+    }
+    let is_alone = |slots: &Vec<Replica>| {
+        let in_sync = |slot: &&Replica| slot.state == ReplicaState::InSync;
+        let mut others = slots.iter().filter(in_sync).filter(|slot| slot.disk != disk);
+        slots.iter().filter(in_sync).any(|slot| slot.disk == disk)
+            && others.clone().next().is_some()
+            && !others.any(|slot| can_be_read(slot.disk))
+    };
+    let mut volumes = state.volumes.iter();
+    let found = volumes.find(|(_, volume)| volume.chunks.iter().any(is_alone));
+    found.map(|(name, _)| name.as_str())
 }
 
 /// Has a certain node do what only it can do, whichever node is asked.
@@ -361,11 +414,19 @@ pub(super) async fn remove_disk(State(api): State<Api>, Path(disk): Path<String>
 pub(super) async fn command(
     State(api): State<Api>,
     Path(node): Path<String>,
+    headers: HeaderMap,
     Given(request): Given<LocalRequest>,
 ) -> Result<Json<serde_json::Value>, Failure> {
     // As it is known here: this also has to work without a leader.
     let view = api.0.cluster.view();
     let node = find_node(&view.state, &node)?;
+    if node != api.0.me && headers.contains_key(PASSED_ON) {
+        let why = format!(
+            "its address leads to node {}: is it the one that it was started with?",
+            name_of(&view.state, api.0.me)
+        );
+        return Err(Failure(StatusCode::MISDIRECTED_REQUEST, why));
+    }
     let added = match &request {
         LocalRequest::DiskAdd { spec } => Some(spec.clone()),
         _ => None,
@@ -410,4 +471,52 @@ async fn disk_added(
     }
     let why = format!("disk {spec} is not in service yet: see `unibody disk list`");
     Err(Failure(StatusCode::SERVICE_UNAVAILABLE, why))
+}
+
+#[cfg(test)]
+mod tests {
+    use unibody_dataplane::ids::DiskUuid;
+
+    use super::*;
+
+    #[test]
+    fn a_disk_is_not_taken_out_while_only_it_can_be_read() {
+        let mut state = Control::default();
+        let disks = [1, 2].map(|disk| {
+            let add = Command::AddDisk {
+                disk: DiskUuid(disk),
+                node: NodeId::LOCAL,
+                domain: disk.to_string(),
+                bytes: 1 << 30,
+            };
+            state.apply(&add).unwrap();
+            DiskUuid(disk)
+        });
+        let create = |name: &str, disks: &[DiskUuid]| Command::CreateVolume {
+            name: name.into(),
+            size: 1 << 20,
+            mirror: disks.len() as u32,
+            stripe_unit: 1 << 18,
+            stripe_width: 1,
+            read_only: false,
+            instance: 1,
+            chunks: vec![disks.to_vec()],
+        };
+        state.apply(&create("v", &disks)).unwrap();
+        let [one, two] = disks.map(Disk);
+        assert_eq!(alone_on(&state, one, |_| true), None);
+        assert_eq!(alone_on(&state, one, |disk| disk == one), Some("v"));
+        assert_eq!(alone_on(&state, one, |_| false), None, "it has nothing to give");
+        assert_eq!(alone_on(&state, one, |disk| disk == two), None);
+        // Where the state knows that it is the last one, taking it out does not change that.
+        state.apply(&Command::DiskOut { disk: two.0 }).unwrap();
+        assert_eq!(alone_on(&state, one, |disk| disk == one), None);
+    }
+
+    #[test]
+    fn a_volume_is_not_planned_that_no_change_can_tell_of() {
+        assert!(few_enough(200_000, 2).is_ok());
+        let error = few_enough(200_001, 2).unwrap_err();
+        assert!(error.1.contains("at most 12 TiB"), "{error:?}");
+    }
 }

@@ -56,6 +56,8 @@ const CONFIRM: Duration = Duration::from_secs(2);
 const REACH: Duration = Duration::from_secs(1);
 /// How long another node may take to say how it is.
 const SAY: Duration = Duration::from_secs(3);
+/// Says that a node passed a request on. Whoever that was wrong for must not pass it on again: the address may be its own.
+const PASSED_ON: &str = "x-unibody-passed-on";
 /// How long another node may take to do something.
 const DO: Duration = Duration::from_secs(60);
 
@@ -282,6 +284,9 @@ impl Api {
                 Ok(applied) => return Ok(Ok(applied)),
                 Err(ProposeError::Refused(refused)) => return Ok(Err(refused)),
                 Err(error @ ProposeError::TooLong(_)) => return Err(wrong(error.to_string())),
+                Err(error @ ProposeError::Forgotten) => {
+                    return Err(Failure(StatusCode::SERVICE_UNAVAILABLE, error.to_string()));
+                }
                 Err(error) => error,
             };
             if tokio::time::Instant::now() >= end {
@@ -331,6 +336,7 @@ fn ask_far(
         let asked = agent
             .post(format!("http://{address}/v1/nodes/{node}/command"))
             .header("authorization", format!("Bearer {token}"))
+            .header(PASSED_ON, "1")
             .send_json(request);
         match asked {
             Ok(mut answer) => {

@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::convert::Infallible;
 use std::sync::Arc;
+use std::time::Duration;
 
 use axum::Json;
 use axum::body::Body;
@@ -17,6 +18,9 @@ use crate::admin::{DiskStatus, NodeStatus, VolumeStatus};
 use crate::cluster::LocalRequest;
 use crate::raft::{self, View};
 use crate::state::{NodeId, ReplicaState, State as Control, Vm, Volume};
+
+/// A watcher that is told nothing for so long is told so: one that has vanished is noticed only by what is sent to it.
+const QUIET_MAX: Duration = Duration::from_secs(30);
 
 /// What the nodes that answer say of themselves.
 type Said = BTreeMap<NodeId, NodeStatus>;
@@ -41,7 +45,7 @@ pub(super) async fn status(State(api): State<Api>) -> Json<ClusterStatus> {
 }
 
 /// Asks all nodes at once.
-async fn said(api: &Api, state: &Arc<Control>) -> Said {
+pub(super) async fn said(api: &Api, state: &Arc<Control>) -> Said {
     let mut asking = JoinSet::new();
     for &node in state.nodes.keys() {
         let (api, state) = (api.clone(), Arc::clone(state));
@@ -233,16 +237,30 @@ fn changed<T: Clone + PartialEq>(
 }
 
 /// Changes of the committed state as they are applied on this node: one JSON object a line, without an end. Several changes
-/// may be one line. What a node says of itself (what runs, what is healed) is not in it.
+/// may be one line, and a line without any may come now and then. What a node says of itself (what runs, what is healed) is not in it.
 #[utoipa::path(get, path = "/v1/watch", responses((status = 200, body = Changes, content_type = "application/x-ndjson")))]
 pub(super) async fn watch(State(api): State<Api>) -> Response {
+    let kind = [(header::CONTENT_TYPE, "application/x-ndjson")];
+    (kind, Body::from_stream(changes(api, QUIET_MAX))).into_response()
+}
+
+/// The lines of [`watch`].
+pub(super) fn changes(
+    api: Api,
+    quiet_max: Duration,
+) -> impl futures_util::Stream<Item = Result<Vec<u8>, Infallible>> {
     let views = api.0.cluster.views();
-    let lines = futures_util::stream::unfold(
+    futures_util::stream::unfold(
         (api, views, Seen::default(), true),
-        |(api, mut views, seen, first)| async move {
+        move |(api, mut views, seen, first)| async move {
+            let mut quiet = false;
             loop {
-                if !first && views.changed().await.is_err() {
-                    return None;
+                if !first {
+                    match tokio::time::timeout(quiet_max, views.changed()).await {
+                        Ok(Ok(())) => {}
+                        Ok(Err(_)) => return None,
+                        Err(_) => quiet = true,
+                    }
                 }
                 let view: Arc<View> = views.borrow_and_update().clone();
                 let now = Seen::of(&view.state, &api.0.cluster.status());
@@ -251,14 +269,12 @@ pub(super) async fn watch(State(api): State<Api>) -> Response {
                     applied: view.applied,
                     ..Changes::default()
                 };
-                if first || changes != nothing {
+                if first || quiet || changes != nothing {
                     let mut line = serde_json::to_vec(&changes).expect("changes have string keys only");
                     line.push(b'\n');
                     return Some((Ok::<_, Infallible>(line), (api, views, now, false)));
                 }
             }
         },
-    );
-    let kind = [(header::CONTENT_TYPE, "application/x-ndjson")];
-    (kind, Body::from_stream(lines)).into_response()
+    )
 }

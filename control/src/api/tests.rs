@@ -56,6 +56,7 @@ struct Node {
     address: String,
     token: String,
     handle: AgentHandle,
+    cluster: Arc<Cluster>,
     running: Option<JoinHandle<Result<(), AgentError>>>,
 }
 
@@ -88,6 +89,7 @@ impl Node {
             address,
             token,
             handle: agent.handle(),
+            cluster: agent.cluster(),
             running: Some(std::thread::spawn(move || agent.run())),
         };
         node.wait("its disks are in service", |status| {
@@ -241,6 +243,12 @@ fn what_makes_no_sense_is_refused_and_changes_nothing() {
         (
             "POST",
             "/v1/volumes",
+            json!({ "name": "v", "size": 1u64 << 50 }),
+            400,
+        ),
+        (
+            "POST",
+            "/v1/volumes",
             json!({ "name": "v", "size": 4096, "mirror": 0 }),
             400,
         ),
@@ -348,6 +356,100 @@ fn a_vm_runs_until_it_is_stopped() {
     );
     node.done("POST", "/v1/vms/big/start", &json!({}));
     node.wait("it has no room", is("waiting"));
+}
+
+#[test]
+fn what_is_for_a_node_whose_address_leads_here_is_not_passed_on_in_a_circle() {
+    let node = Node::start();
+    let add = Command::AddNode {
+        node: NodeId(77),
+        store: 77,
+        name: "n2".into(),
+        addresses: vec![node.address.clone()],
+        domain: "n2".into(),
+        memory: 0,
+        incarnation: 1,
+    };
+    node.cluster.propose(node.cluster.request(), &add).unwrap();
+    let (status, problem) = node.send("POST", "/v1/nodes/n2/command", &json!({ "command": "status" }));
+    let error = problem["error"].as_str().unwrap();
+    assert!(
+        status == 409 && error.contains("its address leads to node n1"),
+        "{problem}"
+    );
+    let seen = node.get("/v1/status");
+    let alive = |name: &str| {
+        let nodes = seen["nodes"].as_array().unwrap();
+        nodes.iter().find(|node| node["name"] == name).unwrap()["alive"].clone()
+    };
+    assert_eq!((alive("n1"), alive("n2")), (json!(true), json!(false)));
+}
+
+#[test]
+fn a_watcher_hears_something_also_while_nothing_happens() {
+    use futures_util::StreamExt;
+
+    let node = Node::start();
+    let api = Api(Arc::new(Inner {
+        agent: node.handle.clone(),
+        cluster: Arc::clone(&node.cluster),
+        host: Arc::new(Shelf::default()),
+        token: String::new(),
+        me: node.cluster.identity().node,
+    }));
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .unwrap();
+    let lines = show::changes(api, Duration::from_millis(20))
+        .take(20)
+        .collect::<Vec<_>>();
+    let lines = runtime.block_on(async { tokio::time::timeout(Duration::from_secs(30), lines).await });
+    let last = lines.expect("twenty lines").pop().unwrap().unwrap();
+    let last: Value = serde_json::from_slice(&last).unwrap();
+    assert!(last["applied"].as_u64().unwrap() > 0);
+}
+
+#[test]
+fn a_disk_that_another_node_has_opened_is_taken_out_of_service_here() {
+    let node = Node::start();
+    let disk = node.cluster.view().state.disks.keys().next().unwrap().0;
+    let other = NodeId(77);
+    let commands = [
+        Command::AddNode {
+            node: other,
+            store: 77,
+            name: "n2".into(),
+            addresses: vec!["127.0.0.1:1".into()],
+            domain: "n2".into(),
+            memory: 0,
+            incarnation: 1,
+        },
+        Command::AddDisk {
+            disk,
+            node: other,
+            domain: String::new(),
+            bytes: 1 << 28,
+        },
+        Command::DiskUp { disk, boot: 5 },
+    ];
+    for command in commands {
+        node.cluster.propose(node.cluster.request(), &command).unwrap();
+    }
+    let end = Instant::now() + Duration::from_secs(30);
+    loop {
+        let (status, said) = node.send("POST", "/v1/nodes/n1/command", &json!({ "command": "status" }));
+        assert_eq!(status, 200, "{said}");
+        let disks = said["disks"].as_array().unwrap();
+        let found = disks.iter().find(|found| found["uuid"] == disk.to_string());
+        if found.unwrap()["state"] == "failed" {
+            break;
+        }
+        assert!(Instant::now() < end, "it stays in service: {said}");
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    let record = &node.cluster.view().state.disks[&crate::state::Disk(disk)];
+    assert_eq!((record.node, record.boot), (other, 5), "it does not insist");
 }
 
 #[test]

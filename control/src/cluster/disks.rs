@@ -232,6 +232,17 @@ impl Disks {
             };
             let index = bay.disk.index;
             match state.disks.get(&Disk(uuid)) {
+                // Two copies of one disk would record their boots against each other without end.
+                Some(record) if record.node != ground.me && bay.disk.phase == Phase::Online => {
+                    eprintln!(
+                        "unibody: disk {} is taken out of service: node {} has opened a disk with the same contents since; use only one of them",
+                        bay.disk.name, record.node
+                    );
+                    bay.disk.by_hand = true;
+                    bay.disk.phase = Phase::Leaving;
+                    ground.plane.fail_disk(index);
+                }
+                Some(record) if record.node != ground.me => {}
                 // A proposal of an earlier process came late and overwrote what this one had recorded.
                 Some(record) if record.boot != up.boot.0 => {
                     bay.recording = true;

@@ -35,6 +35,7 @@ use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
 use unibody_dataplane::disk::spec::{Backend, DiskSpec, SpecError};
+use unibody_dataplane::ids::VolumeId;
 use unibody_dataplane::plane::{DiskIndex, Event, Plane, VolumeIndex};
 use unibody_dataplane::wire::handshake::{self, Counts, Incarnation, Local};
 
@@ -159,7 +160,7 @@ pub(crate) enum Input {
     /// A volume was taken, or was not.
     Taken(String, Result<Applied, Refused>),
     /// An owner's proposal was decided.
-    Decided(VolumeIndex, u32, Result<Applied, Refused>),
+    Decided(VolumeIndex, (VolumeId, u32), Result<Applied, Refused>),
     /// The front ends and the owner of a volume have ended.
     Quiet(VolumeIndex),
     /// A volume's contents have a new name.
@@ -409,8 +410,8 @@ impl Agent {
                 let ups = self.disks.ups();
                 self.volumes.taken(&self.ground, &name, outcome, ups);
             }
-            Input::Decided(index, generation, outcome) => {
-                self.volumes.decided(&self.ground, index, generation, outcome);
+            Input::Decided(index, of, outcome) => {
+                self.volumes.decided(&self.ground, index, of, outcome);
             }
             Input::Quiet(index) => self.volumes.quiet(&self.ground, index),
             Input::Renewed(index, instance, outcome) => {
@@ -548,8 +549,8 @@ impl Agent {
                 )) => {
                     self.event(event);
                 }
-                Ok(Input::Decided(index, generation, outcome)) => {
-                    self.volumes.decided(&self.ground, index, generation, outcome);
+                Ok(Input::Decided(index, of, outcome)) => {
+                    self.volumes.decided(&self.ground, index, of, outcome);
                 }
                 Ok(Input::Quiet(index)) => self.volumes.quiet(&self.ground, index),
                 _ => {}

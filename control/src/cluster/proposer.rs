@@ -2,7 +2,9 @@
 //! the outcome is known.
 //!
 //! Invariants: every proposal is answered once, with what was decided; one that may have been decided is proposed again under
-//! the same number and so has its effect once. What was proposed together is one entry of the log: a disk that takes the
+//! the same number and so has its effect once. Only if nobody remembers that number any more (the node was cut off for long) it
+//! gets another one: every command that comes here names the generation, configuration or placement that it is for, or
+//! changes nothing the second time. What was proposed together is one entry of the log: a disk that takes the
 //! replicas of a thousand volumes with it costs a few.
 
 use std::sync::Arc;
@@ -10,7 +12,7 @@ use std::time::Duration;
 
 use tokio::sync::mpsc;
 
-use crate::raft::{Cluster, ProposeError};
+use crate::raft::{Cluster, ProposeError, RequestId};
 use crate::state::{Applied, Command, Refused};
 
 /// Most commands in an entry.
@@ -77,9 +79,16 @@ async fn decide(cluster: &Arc<Cluster>, mut commands: Vec<Command>) -> Vec<Resul
     }
 }
 
-/// `Err`: it is too long to be proposed.
 async fn decide_one(cluster: &Arc<Cluster>, command: Command) -> Result<Result<Applied, Refused>, Refused> {
-    let request = cluster.request();
+    decide_as(cluster, cluster.request(), command).await
+}
+
+/// `Err`: it is too long to be proposed.
+async fn decide_as(
+    cluster: &Arc<Cluster>,
+    mut request: RequestId,
+    command: Command,
+) -> Result<Result<Applied, Refused>, Refused> {
     loop {
         match cluster.propose_later(request, command.clone()).await {
             Ok(applied) => return Ok(Ok(applied)),
@@ -90,6 +99,11 @@ async fn decide_one(cluster: &Arc<Cluster>, command: Command) -> Result<Result<A
                     max: 16 << 20,
                 });
             }
+            // Also if this node lags: then its state gets there.
+            Err(ProposeError::Forgotten) => {
+                tokio::time::sleep(PAUSE).await;
+                request = cluster.request();
+            }
             Err(
                 ProposeError::Unknown(_)
                 | ProposeError::Unavailable(_)
@@ -97,5 +111,53 @@ async fn decide_one(cluster: &Arc<Cluster>, command: Command) -> Result<Result<A
                 | ProposeError::Leased(_),
             ) => tokio::time::sleep(PAUSE).await,
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::raft::{Options, REMEMBERED, Start, Timing};
+    use crate::state::BATCH_MAX;
+    use unibody_dataplane::wire::handshake::Token;
+
+    /// A node that was cut off with a proposal out comes back when its number is forgotten.
+    #[test]
+    fn a_proposal_that_nobody_remembers_is_made_anew() {
+        let dir = tempfile::tempdir().unwrap();
+        let options = Options {
+            dir: dir.path().to_path_buf(),
+            name: "n1".into(),
+            addresses: vec!["127.0.0.1:1".into()],
+            domain: "d".into(),
+            memory: 0,
+            token: Token::new(b"secret"),
+            incarnation: 1,
+            timing: Timing::default(),
+            gate: None,
+        };
+        let cluster = Arc::new(Cluster::start(options, &Start::Init).unwrap());
+        cluster.wait_member(Duration::from_secs(60)).unwrap();
+        let node = cluster.identity().node;
+        let old = cluster.request();
+        let nothing = Command::Drain { node, on: false };
+        let many = Command::Batch(vec![nothing; BATCH_MAX]);
+        for _ in 0..=REMEMBERED / BATCH_MAX as u64 {
+            cluster.propose(cluster.request(), &many).unwrap();
+        }
+        let command = Command::Drain { node, on: true };
+        assert!(matches!(
+            cluster.propose(old, &command),
+            Err(ProposeError::Forgotten)
+        ));
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .build()
+            .unwrap();
+        let decided = decide_as(&cluster, old, command);
+        let decided =
+            runtime.block_on(async { tokio::time::timeout(Duration::from_secs(60), decided).await });
+        assert_eq!(decided.expect("it is decided"), Ok(Ok(Applied::Done)));
+        assert!(cluster.view().state.nodes[&node].drain);
     }
 }

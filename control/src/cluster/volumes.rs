@@ -9,6 +9,7 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use unibody_dataplane::config::{Outcome, Proposal};
 use unibody_dataplane::frontend::{DeviceConfig, Export};
@@ -18,12 +19,14 @@ use unibody_dataplane::plane::{DiskUp, ShardStatus, VOLUMES_MAX, VolumeIndex};
 use super::{AgentError, Ground, Input};
 use crate::admin::VolumeStatus;
 use crate::node::{self, exports, exports::Sessions};
-use crate::state::{Applied, Command, NodeId, Refused, State};
+use crate::state::{Applied, Command, Node, NodeId, Refused, State};
 
 /// Requests in a queue.
 const QUEUE_SIZE: u16 = 1024;
 /// Queues offered to a guest.
 const QUEUES: u16 = 4;
+/// How long a node that is being drained keeps a volume that it was given all the same: there may be nobody else for it.
+const KEPT: Duration = Duration::from_secs(60);
 
 /// What follows when a volume has become quiet.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -56,6 +59,8 @@ struct Held {
     config: u32,
     size: u64,
     stage: Stage,
+    /// It is not let go before then because the node is being drained.
+    kept_until: Option<Instant>,
     instance: Option<u128>,
     export: Option<Export>,
     /// Serving it failed, and was said.
@@ -65,8 +70,10 @@ struct Held {
 /// See the module.
 pub(crate) struct Volumes {
     sessions: Arc<Sessions>,
-    /// By their number in the data plane.
+    /// By their number in the data plane. Numbers are given in turn: something about a volume that has ended may still be on
+    /// its way, under its number.
     held: Vec<Option<Held>>,
+    next: usize,
     /// Being taken: a proposal is out.
     taking: BTreeMap<String, ()>,
 }
@@ -76,6 +83,7 @@ impl Volumes {
         Volumes {
             sessions,
             held: Vec::new(),
+            next: 0,
             taking: BTreeMap::new(),
         }
     }
@@ -120,13 +128,8 @@ impl Volumes {
                 let user = state.user_of(&held.name).and_then(|vm| state.vms[vm].node);
                 let idle = !held.export.as_ref().is_some_and(Export::connected);
                 let drained = state.nodes.get(&ground.me).is_some_and(|node| node.drain);
-                let after = match user {
-                    // The VM that uses it belongs elsewhere, and it goes there with it.
-                    Some(node) if node != ground.me => Some(After::HandOver(node)),
-                    // Whoever leads gives it to another node.
-                    None if drained => Some(After::Release),
-                    _ => None,
-                };
+                let kept = held.kept_until.is_some_and(|until| Instant::now() < until);
+                let after = leaves(user, ground.me, drained && !kept);
                 if let Some(after) = after.filter(|_| idle && held.stage == Stage::Attached) {
                     let index = held.index;
                     self.end(ground, index, after);
@@ -180,18 +183,22 @@ impl Volumes {
         if self.find(name).is_some() {
             return;
         }
-        let free = self
-            .held
-            .iter()
-            .position(Option::is_none)
-            .unwrap_or(self.held.len());
-        if free >= VOLUMES_MAX {
+        let Some(free) = free_number(&self.held, self.next) else {
             eprintln!("unibody: volume {name} is not served: a node has at most {VOLUMES_MAX} volumes");
             return;
+        };
+        self.next = free + 1;
+        if free >= self.held.len() {
+            self.held.resize_with(free + 1, || None);
         }
-        if free == self.held.len() {
-            self.held.push(None);
-        }
+        let drained = |node: &Node| node.drain.then(|| Instant::now() + KEPT);
+        let kept_until = ground
+            .cluster
+            .view()
+            .state
+            .nodes
+            .get(&ground.me)
+            .and_then(drained);
         let index = VolumeIndex(free as u16);
         self.held[free] = Some(Held {
             name: name.to_owned(),
@@ -201,6 +208,7 @@ impl Volumes {
             config: config.config,
             size: config.size,
             stage: Stage::Attaching,
+            kept_until,
             instance: None,
             export: None,
             complained: false,
@@ -215,7 +223,7 @@ impl Volumes {
         };
         let (name, generation) = (held.name.clone(), held.generation);
         ground.propose(Command::Propose { name, proposal }, move |outcome| {
-            Input::Decided(index, generation, outcome)
+            Input::Decided(index, (id, generation), outcome)
         });
     }
 
@@ -223,10 +231,10 @@ impl Volumes {
         &mut self,
         ground: &Ground,
         index: VolumeIndex,
-        generation: u32,
+        of: (VolumeId, u32),
         outcome: Result<Applied, Refused>,
     ) {
-        let Some(held) = self.held(index).filter(|held| held.generation == generation) else {
+        let Some(held) = self.held(index).filter(|held| (held.id, held.generation) == of) else {
             return;
         };
         let outcome = match outcome {
@@ -400,6 +408,50 @@ impl Volumes {
     }
 }
 
+/// The next number from `next` on that no volume has.
+fn free_number<T>(held: &[Option<T>], next: usize) -> Option<usize> {
+    let mut numbers = (next..VOLUMES_MAX).chain(0..next.min(VOLUMES_MAX));
+    numbers.find(|&number| held.get(number).is_none_or(Option::is_none))
+}
+
+/// Where an idle volume of this node goes, if it is to go: `user` is where the VM is that uses it.
+fn leaves(user: Option<NodeId>, me: NodeId, drained: bool) -> Option<After> {
+    match user {
+        // The VM that uses it belongs elsewhere, and it goes there with it.
+        Some(node) if node != me => Some(After::HandOver(node)),
+        // Whoever leads gives it to another node.
+        None if drained => Some(After::Release),
+        _ => None,
+    }
+}
+
 fn socket(dir: &Path, name: &str) -> PathBuf {
     dir.join("volumes").join(format!("{name}.sock"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_number_is_given_again_as_late_as_possible() {
+        let mut held: Vec<Option<()>> = vec![None; 3];
+        assert_eq!(free_number(&held, 0), Some(0));
+        assert_eq!(free_number(&held, 1), Some(1), "0 was had last");
+        held = vec![Some(()); VOLUMES_MAX];
+        assert_eq!(free_number(&held, 7), None);
+        held[5] = None;
+        for next in [0, 5, 6, VOLUMES_MAX] {
+            assert_eq!(free_number(&held, next), Some(5));
+        }
+    }
+
+    #[test]
+    fn a_volume_goes_with_its_vm_or_leaves_a_drained_node() {
+        let (a, b) = (NodeId(1), NodeId(2));
+        assert_eq!(leaves(Some(b), a, false), Some(After::HandOver(b)));
+        assert_eq!(leaves(Some(a), a, true), None, "its VM has nowhere to go");
+        assert_eq!(leaves(None, a, true), Some(After::Release));
+        assert_eq!(leaves(None, a, false), None);
+    }
 }

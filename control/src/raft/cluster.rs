@@ -4,7 +4,7 @@
 //! from any node. Whoever proposes sees the effect in this node's own state when the answer is there.
 //!
 //! Invariants: a proposal is refused, or was applied exactly once, or is reported as unknown and may be proposed again with
-//! the same [`RequestId`]; nothing a caller does can block Raft's own messages. Absent: the listening socket (see
+//! the same [`RequestId`], until it is reported as forgotten; nothing a caller does can block Raft's own messages. Absent: the listening socket (see
 //! [`Cluster::accept`]) and every decision about volumes and VMs.
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -129,6 +129,12 @@ pub enum ProposeError {
     /// It may have been applied, or may be yet. The same request may be proposed again.
     #[error("it is not known whether the change was made ({0}): try again, it will not be made twice")]
     Unknown(String),
+    /// So much has happened since it was first proposed that nobody remembers whether it was applied. Proposing it again
+    /// under the same id is of no use: look at the state, and ask anew.
+    #[error(
+        "it is too long ago to tell whether the change was made: look at the state, and ask anew if it was not"
+    )]
+    Forgotten,
     /// Nobody has taken it. Nothing was changed.
     #[error("no leader could be reached ({0}): are most of the voters running?")]
     Unavailable(String),

@@ -453,6 +453,30 @@ fn five_voters_bear_the_loss_of_two() {
 }
 
 #[test]
+fn a_founder_that_was_removed_does_not_come_back_by_itself() {
+    let cuts = Cuts::default();
+    let mut members = cluster(3, &cuts);
+    let founder = members[0].id();
+    propose(&members[1], &Command::RemoveNode { node: founder });
+    wait_until("it has heard that it was removed", || {
+        members[0].up().is_removed() && !members[0].state().nodes.contains_key(&founder)
+    });
+    members[0].cluster = None;
+    members[0].start(&Start::Resume);
+    let waited = members[0].up().wait_member(LIMIT);
+    assert!(matches!(waited, Err(ClusterError::Removed)), "{waited:?}");
+    assert!(
+        !members[1]
+            .up()
+            .confirmed()
+            .unwrap()
+            .state
+            .nodes
+            .contains_key(&founder)
+    );
+}
+
+#[test]
 fn nobody_without_the_token_gets_anything() {
     let cuts = Cuts::default();
     let members = cluster(1, &cuts);

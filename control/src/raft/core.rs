@@ -163,6 +163,10 @@ impl Core {
                     }
                 }
                 None if was_member => return self.is_refused(ClusterError::Removed),
+                // The founder is the first node of every state that has any.
+                None if self.identity.seeds.is_empty() && !view.state.nodes.is_empty() => {
+                    return self.is_refused(ClusterError::Removed);
+                }
                 None if self.identity.seeds.is_empty() => {
                     if let Err(ProposeError::Refused(refused)) =
                         self.propose(self.request(), &self.add_me()).await

@@ -32,7 +32,7 @@ pub(super) struct Leases {
     leading: Option<(u64, Instant)>,
     granted: BTreeMap<NodeId, Instant>,
     barred: BTreeSet<NodeId>,
-    /// Counts what was taken, or was about to be.
+    /// Counts what was about to be taken, and what was.
     bars: u64,
 }
 
@@ -92,9 +92,10 @@ impl Leases {
         }
     }
 
-    /// The outcome is known: the node may have leases again.
+    /// The outcome is known: the node may have leases again, but none for which it was looked at before.
     pub(super) fn unbar(&mut self, node: NodeId) {
         self.barred.remove(&node);
+        self.bars += 1;
     }
 }
 
@@ -134,11 +135,14 @@ mod tests {
         );
         leases.leads(Some(3), at(13.0));
         assert!(!grant(&mut leases, 3, at(13.0)), "the same term changes nothing");
+        let meanwhile = leases.ticket();
         leases.unbar(N);
-        assert!(
-            !leases.grant(N, 3, before, at(13.0)),
-            "the node was looked at before something was taken from it"
-        );
+        for looked in [before, meanwhile] {
+            assert!(
+                !leases.grant(N, 3, looked, at(13.0)),
+                "the node was looked at before what was taken from it was known"
+            );
+        }
         assert!(grant(&mut leases, 3, at(13.0)));
         leases.leads(None, at(14.0));
         leases.leads(Some(5), at(15.0));

@@ -92,12 +92,7 @@ impl Core {
             };
             round += 1;
             match written {
-                Written::Receipt(_, Receipt::Expired) => {
-                    return Err(match maybe {
-                        true => ProposeError::Unknown("it is too old to tell".into()),
-                        false => ProposeError::Unavailable("this node's state is too old".into()),
-                    });
-                }
+                Written::Receipt(_, Receipt::Expired) => return Err(ProposeError::Forgotten),
                 Written::Receipt(index, receipt) => {
                     let view = self.applied(index).await?;
                     return Ok(receipt.open(&request.command, &view.state)?);

@@ -6,7 +6,9 @@
 //! Invariants:
 //! * Whatever Raft is told is kept has been flushed, except the committed position, which is a hint: losing it only delays.
 //! * The state machine lives in memory. After a start it is the snapshot, then Raft applies the log again; entries are purged
-//!   only when a snapshot that covers them is durable.
+//!   only when a snapshot that covers them is durable. Raft asks for it earlier, while a snapshot is still being installed.
+//! * A snapshot is never replaced by an older one. They are made beside the state machine, and one that was begun before the
+//!   leader's was installed may be done after it.
 //! * The file is locked by the process that has it open. A new file is a new node.
 //!
 //! Deliberately absent: repair. A damaged or foreign file is refused; the node joins anew with an empty directory.
@@ -17,6 +19,7 @@ use std::ops::{Bound, RangeBounds};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use openraft::LogIdOptionExt;
 use openraft::storage::{LogFlushed, LogState, RaftLogStorage, RaftStateMachine, Snapshot};
 use openraft::{
     Entry, EntryPayload, LogId, OptionalSend, RaftLogReader, RaftSnapshotBuilder, SnapshotMeta, StorageError,
@@ -114,6 +117,8 @@ pub(super) enum Trouble {
     Database(#[from] redb::Error),
     #[error("the node's store: {0}: {1}")]
     Unreadable(String, Unreadable),
+    #[error("the node's store: the log is not shortened, since the snapshot for it could not be installed")]
+    Uncovered,
 }
 
 macro_rules! from_redb {
@@ -134,7 +139,8 @@ from_redb!(
 );
 
 type Answer<T> = Result<T, Trouble>;
-type KeptSnapshot = (SnapshotMeta<NodeId, Contact>, Vec<u8>);
+type Description = SnapshotMeta<NodeId, Contact>;
+type KeptSnapshot = (Description, Vec<u8>);
 type RaftResult<T> = Result<T, StorageError<NodeId>>;
 
 /// The open file.
@@ -142,6 +148,16 @@ type RaftResult<T> = Result<T, StorageError<NodeId>>;
 pub(super) struct Store {
     db: Arc<Database>,
     pub(super) identity: Identity,
+    covered: Arc<watch::Sender<Covered>>,
+}
+
+/// What the snapshot in the file makes superfluous.
+#[derive(Clone, Copy, Debug, Default)]
+struct Covered {
+    /// Index of the first entry that is not in it.
+    next: u64,
+    /// A snapshot could not be installed, and Raft will hear of it: nothing is waited for any more.
+    failed: bool,
 }
 
 impl Store {
@@ -173,6 +189,7 @@ impl Store {
                 what,
                 why,
             },
+            Trouble::Uncovered => database(&error),
         };
         let known = identity(&db).map_err(trouble)?;
         let identity = match (known, new) {
@@ -193,10 +210,37 @@ impl Store {
                 identity
             }
         };
-        Ok(Store {
+        let store = Store {
             db: Arc::new(db),
             identity,
-        })
+            covered: Arc::default(),
+        };
+        let kept: Option<Description> = store.get("snapshot").map_err(trouble)?;
+        store.covers(kept.as_ref());
+        Ok(store)
+    }
+
+    fn covers(&self, kept: Option<&Description>) {
+        let next = kept.and_then(|kept| kept.last_log_id).next_index();
+        self.covered
+            .send_modify(|covered| covered.next = covered.next.max(next));
+    }
+
+    /// As if there were a snapshot of everything, for tests of the log alone.
+    #[cfg(test)]
+    pub(super) fn covers_all(&self) {
+        self.covered.send_modify(|covered| covered.next = u64::MAX);
+    }
+
+    /// Waits until the entries up to `last` are in a durable snapshot.
+    async fn wait_covered(&self, last: LogId<NodeId>) -> Answer<()> {
+        let mut covered = self.covered.subscribe();
+        let there = covered.wait_for(|covered| covered.failed || covered.next > last.index);
+        match there.await {
+            Ok(covered) if !covered.failed => Ok(()),
+            // The sender is ours and stays.
+            _ => Err(Trouble::Uncovered),
+        }
     }
 
     /// The state machine as the last snapshot has it.
@@ -210,14 +254,7 @@ impl Store {
     }
 
     fn get<T: DeserializeOwned>(&self, key: &str) -> Answer<Option<T>> {
-        let table = self.db.begin_read()?.open_table(META)?;
-        let Some(value) = table.get(key)? else {
-            return Ok(None);
-        };
-        let value = envelope::open(META_MAGIC, value.value());
-        value
-            .map(Some)
-            .map_err(|why| Trouble::Unreadable(key.to_owned(), why))
+        get_from(&self.db.begin_read()?.open_table(META)?, key)
     }
 
     fn put(&self, key: &str, value: &impl Serialize, durability: Durability) -> Answer<()> {
@@ -274,8 +311,13 @@ impl Store {
         }
     }
 
-    fn write_snapshot(&self, meta: &SnapshotMeta<NodeId, Contact>, bytes: &[u8]) -> Answer<()> {
+    /// Keeps a snapshot, unless there is a newer one.
+    fn write_snapshot(&self, meta: &Description, bytes: &[u8]) -> Answer<()> {
         let write = self.db.begin_write()?;
+        let kept: Option<Description> = get_from(&write.open_table(META)?, "snapshot")?;
+        if kept.is_some_and(|kept| kept.last_log_id.next_index() > meta.last_log_id.next_index()) {
+            return Ok(write.abort()?);
+        }
         {
             let mut table = write.open_table(SNAPSHOT)?;
             table.retain(|_, _| false)?;
@@ -286,20 +328,37 @@ impl Store {
                 .open_table(META)?
                 .insert("snapshot", envelope::seal(META_MAGIC, meta).as_slice())?;
         }
-        Ok(write.commit()?)
+        write.commit()?;
+        self.covers(Some(meta));
+        Ok(())
     }
 
     fn read_snapshot(&self) -> Answer<Option<KeptSnapshot>> {
-        let Some(meta) = self.get("snapshot")? else {
+        // One look: the pieces are those of the description.
+        let read = self.db.begin_read()?;
+        let Some(meta) = get_from(&read.open_table(META)?, "snapshot")? else {
             return Ok(None);
         };
-        let table = self.db.begin_read()?.open_table(SNAPSHOT)?;
+        let table = read.open_table(SNAPSHOT)?;
         let mut bytes = Vec::new();
         for row in table.iter()? {
             bytes.extend_from_slice(row?.1.value());
         }
         Ok(Some((meta, bytes)))
     }
+}
+
+fn get_from<T: DeserializeOwned>(
+    table: &impl ReadableTable<&'static str, &'static [u8]>,
+    key: &str,
+) -> Answer<Option<T>> {
+    let Some(value) = table.get(key)? else {
+        return Ok(None);
+    };
+    let value = envelope::open(META_MAGIC, value.value());
+    value
+        .map(Some)
+        .map_err(|why| Trouble::Unreadable(key.to_owned(), why))
 }
 
 fn identity(db: &Database) -> Answer<Option<Identity>> {
@@ -472,6 +531,8 @@ impl RaftLogStorage<Types> for LogStore {
 
     async fn purge(&mut self, log_id: LogId<NodeId>) -> RaftResult<()> {
         let store = self.0.clone();
+        let covered = store.wait_covered(log_id).await;
+        covered.map_err(|trouble| StorageIOError::write_logs(&trouble))?;
         blocking(
             move || store.remove(..=log_id.index, Some(log_id)),
             |e| StorageIOError::write_logs(e),
@@ -556,7 +617,10 @@ impl RaftStateMachine<Types> for MachineStore {
             Ok(machine)
         };
         let signature = meta.signature();
-        let mut machine = blocking(install, |e| StorageIOError::write_snapshot(Some(signature), e)).await?;
+        let installed = blocking(install, |e| StorageIOError::write_snapshot(Some(signature), e)).await;
+        let mut machine = installed.inspect_err(|_| {
+            self.store.covered.send_modify(|covered| covered.failed = true);
+        })?;
         (machine.applied, machine.membership) = (meta.last_log_id, meta.last_membership.clone());
         self.machine = machine;
         self.publish();

@@ -304,6 +304,14 @@ impl Mirror {
         }
     }
 
+    /// The process was stopped, or its machine: nobody has looked at what disks answered meanwhile, and what was asked since is
+    /// not as old as the clock makes it. They are waited for anew.
+    pub(super) fn stood_still(&mut self, now: u64) {
+        for disk in &mut self.disks {
+            disk.progress = now;
+        }
+    }
+
     pub(super) fn watch_disks(&mut self, out: &mut Vec<Effect>) {
         for d in 0..self.disks.len() {
             let disk = &mut self.disks[d];

@@ -465,6 +465,9 @@ impl Mirror {
 
     /// Milliseconds of the caller's clock; to be called about every 100 ms, more often does no harm.
     pub fn tick(&mut self, now_ms: u64, out: &mut Vec<Effect>) {
+        if now_ms.saturating_sub(self.now) > self.limits.silent_ms / 2 {
+            self.stood_still(now_ms);
+        }
         self.now = self.now.max(now_ms);
         self.watch_disks(out);
         self.watch_flush(out);

@@ -242,3 +242,34 @@ fn reads_stay_on_this_node_until_its_disk_has_a_queue() {
         (FAR / 2 + 1, FAR + FAR / 2 + 1)
     );
 }
+
+/// The process was stopped, or its machine: what disks answered meanwhile has not been looked at.
+#[test]
+fn an_owner_that_stood_still_waits_anew_for_its_disks() {
+    let mut scene = Scene::new();
+    scene.pass(0, 500);
+    scene.silent.push(DiskIndex(1));
+    let arena = Arena::new(1).unwrap();
+    scene.mirror.submit(
+        OpId(0),
+        OpKind::Write,
+        0,
+        BLOCK as u64,
+        arena.payload(0),
+        &[0],
+        &mut scene.out,
+    );
+    scene.play();
+    scene.pass(40_000, 42_000);
+    assert_eq!(
+        scene.config.chunks[0][1].state,
+        SlotState::InSync,
+        "the disk has been waited for since it goes on"
+    );
+    scene.pass(42_000, 44_000);
+    assert_eq!(
+        scene.config.chunks[0][1].state,
+        SlotState::Stale,
+        "and it is silent indeed"
+    );
+}

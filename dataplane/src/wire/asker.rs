@@ -307,23 +307,37 @@ impl Asker {
 
     fn cancel(&mut self, group: Option<u32>, disk: u16) {
         let meant = |asked: &Asked| asked.disk == disk && group.is_none_or(|group| asked.group == group);
-        let far = &mut self.disks[usize::from(disk)];
-        far.waiting.retain(|&place| !meant(&self.asked[place as usize]));
+        self.drop_waiting(group, disk);
         for place in 0..self.asked.len() as u32 {
             let asked = &mut self.asked[place as usize];
             if !meant(asked) {
                 continue;
             }
             match asked.state {
-                State::Waiting => self.give(place),
                 State::Out => {
                     asked.state = State::Cancelled;
                     self.disks[usize::from(disk)].cancelled += 1;
                 }
-                State::Free | State::Cancelled | State::Spent => {}
+                State::Free | State::Waiting | State::Cancelled | State::Spent => {}
             }
         }
-        self.ending.push((group, disk));
+        // It ends once, however often that was said: the second time it would be what came after it.
+        if !self.ending.contains(&(group, disk)) {
+            self.ending.push((group, disk));
+        }
+    }
+
+    /// What was not sent is over.
+    fn drop_waiting(&mut self, group: Option<u32>, disk: u16) {
+        let mut waiting = std::mem::take(&mut self.disks[usize::from(disk)].waiting);
+        waiting.retain(|&place| {
+            let kept = group.is_some_and(|group| self.asked[place as usize].group != group);
+            if !kept {
+                self.give(place);
+            }
+            kept
+        });
+        self.disks[usize::from(disk)].waiting = waiting;
     }
 
     /// Says what has ended now that its memory is not being read any more.
@@ -340,6 +354,8 @@ impl Asker {
                 continue;
             }
             self.ending.swap_remove(at);
+            // Its asker did not know yet and may have gone on asking; from now on the memory is not ours.
+            self.drop_waiting(group, disk);
             match group {
                 Some(group) => out.push(Effect::Abandoned { group, disk }),
                 None => {
