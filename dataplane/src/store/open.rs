@@ -153,6 +153,8 @@ impl Store {
     pub fn open(io: &mut dyn BlockIo, options: &OpenOptions) -> Result<(Store, OpenReport), OpenError> {
         let mut findings = super::check::Findings::default();
         let mut loaded = load(io, &mut findings)?;
+        // A killed process may have left journal blocks in the device's cache: durable before any page that holds them.
+        io.flush()?;
         if loaded.header.boot == options.boot.0 {
             return Err(OpenError::BootReused);
         }
