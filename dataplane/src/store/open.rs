@@ -139,11 +139,8 @@ struct Scanned {
 impl Store {
     /// Which disk it is, as far as its first superblock can be read.
     pub fn identify(io: &mut dyn BlockIo) -> Option<super::DiskUuid> {
-        let mut block = [0; BLOCK];
-        io.read(0, &mut block).ok()?;
-        super::codec::Superblock::decode(&block)
-            .ok()
-            .map(|superblock| super::DiskUuid(superblock.uuid))
+        let (layout, _) = super::load::superblock(io, &mut super::check::Findings::default()).ok()?;
+        Some(super::DiskUuid(layout.superblock.uuid))
     }
 
     /// Opens a disk.
