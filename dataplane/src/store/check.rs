@@ -245,7 +245,7 @@ fn walk(
     let slots = loaded.layout.superblock.slots;
     let mut data = vec![0; EXTENT];
     loaded.scan(io, |io, first, page, _| {
-        for (slot, bytes) in loaded.slots_of(first).zip(page.chunks_exact(RECORD)) {
+        for (slot, bytes) in loaded.layout.slots_of(first).zip(page.chunks_exact(RECORD)) {
             let record = match Record::decode(&loaded.seed, slot, bytes) {
                 Ok(Record::Free) => continue,
                 Ok(Record::Quarantined) => {
@@ -309,7 +309,7 @@ fn walk(
                 }
             }
         }
-        progress(u64::from(loaded.slots_of(first).end), slots);
+        progress(u64::from(loaded.layout.slots_of(first).end), slots);
         Ok(())
     })?;
     for (entry, found) in loaded.chunks.iter().zip(found) {

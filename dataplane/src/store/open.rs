@@ -137,7 +137,7 @@ struct Scanned {
 }
 
 impl Store {
-    /// Which disk it is, as far as its first superblock can be read.
+    /// Which disk it is: the one that [`Store::open`] would open, be it by the copy of its superblock.
     pub fn identify(io: &mut dyn BlockIo) -> Option<super::DiskUuid> {
         let (layout, _) = super::load::superblock(io, &mut super::check::Findings::default()).ok()?;
         Some(super::DiskUuid(layout.superblock.uuid))
@@ -150,11 +150,11 @@ impl Store {
     pub fn open(io: &mut dyn BlockIo, options: &OpenOptions) -> Result<(Store, OpenReport), OpenError> {
         let mut findings = super::check::Findings::default();
         let mut loaded = load(io, &mut findings)?;
-        // A killed process may have left journal blocks in the device's cache: durable before any page that holds them.
-        io.flush()?;
         if loaded.header.boot == options.boot.0 {
             return Err(OpenError::BootReused);
         }
+        // A killed process may have left journal blocks in the device's cache: durable before any page that holds them.
+        io.flush()?;
         let mut scanned = scan(io, &mut loaded, &mut findings)?;
         read_back(io, &loaded)?;
         zero_windows(io, &mut loaded, &scanned.slots)?;
@@ -287,7 +287,7 @@ fn scan(
     };
     let s = &mut scanned;
     loaded.scan(io, |io, first, page, changed| {
-        for (slot, bytes) in loaded.slots_of(first).zip(page.chunks_exact(RECORD)) {
+        for (slot, bytes) in loaded.layout.slots_of(first).zip(page.chunks_exact(RECORD)) {
             let record = match Record::decode(&loaded.seed, slot, bytes) {
                 Ok(Record::Free) => continue,
                 Ok(Record::Extent(record)) => Some(record),
