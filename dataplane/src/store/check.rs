@@ -72,6 +72,12 @@ pub enum Finding {
         /// First byte on the disk.
         offset: u64,
     },
+    /// An opening found damage that may have taken extents of this chunk, and it was not settled since with the other
+    /// replicas.
+    Suspect {
+        /// The chunk.
+        chunk: ChunkRef,
+    },
     /// Two chunk table entries name one chunk.
     ChunkTwice {
         /// The chunk.
@@ -120,6 +126,12 @@ impl fmt::Display for Finding {
                 )
             }
             Finding::Unreadable { offset } => write!(f, "the disk can not read the block at byte {offset}"),
+            Finding::Suspect { chunk } => {
+                write!(
+                    f,
+                    "{chunk:?} may have lost extents by damage found earlier: it is settled when its volume is attached with an intact replica"
+                )
+            }
             Finding::ChunkTwice { chunk } => write!(f, "{chunk:?} is in the chunk table twice"),
         }
     }
@@ -313,6 +325,9 @@ fn walk(
         Ok(())
     })?;
     for (entry, found) in loaded.chunks.iter().zip(found) {
+        if entry.state == ChunkState::Live && entry.suspect {
+            findings.push(Finding::Suspect { chunk: entry.chunk });
+        }
         if entry.state != ChunkState::Free && entry.extents != found && !entry.suspect {
             findings.push(Finding::Count {
                 chunk: entry.chunk,

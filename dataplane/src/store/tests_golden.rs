@@ -265,6 +265,8 @@ fn a_rotten_record_is_quarantined_and_the_disk_suspect_until_settled() {
         assert_eq!(report.damage.is_empty(), boot == 3, "{:?}", report.damage);
         assert_eq!(rig.store.stats().quarantined_slots, 1);
         disk = rig.disk;
+        let check = check(&mut disk, &mut |_, _| {});
+        assert_eq!(check.findings, [Finding::Suspect { chunk: chunk(0, 1) }]);
     }
     let (mut rig, _) = Rig::open(disk, 4);
     let Reply::Sealed(sealed) = rig.ask(header(2, 0), Request::Seal) else {
@@ -288,6 +290,8 @@ fn a_rotten_record_is_quarantined_and_the_disk_suspect_until_settled() {
         panic!()
     };
     assert!(!sealed.suspect);
+    rig.close();
+    assert_eq!(check(&mut rig.disk, &mut |_, _| {}).verdict, Verdict::Clean);
 }
 
 #[test]
