@@ -72,6 +72,12 @@ pub enum Finding {
         /// First byte on the disk.
         offset: u64,
     },
+    /// An opening found damage that may have taken extents of this chunk, and it was not settled since with the other
+    /// replicas.
+    Suspect {
+        /// The chunk.
+        chunk: ChunkRef,
+    },
     /// Two chunk table entries name one chunk.
     ChunkTwice {
         /// The chunk.
@@ -120,6 +126,12 @@ impl fmt::Display for Finding {
                 )
             }
             Finding::Unreadable { offset } => write!(f, "the disk can not read the block at byte {offset}"),
+            Finding::Suspect { chunk } => {
+                write!(
+                    f,
+                    "{chunk:?} may have lost extents by damage found earlier: it is settled when its volume is attached with an intact replica"
+                )
+            }
             Finding::ChunkTwice { chunk } => write!(f, "{chunk:?} is in the chunk table twice"),
         }
     }
@@ -245,7 +257,7 @@ fn walk(
     let slots = loaded.layout.superblock.slots;
     let mut data = vec![0; EXTENT];
     loaded.scan(io, |io, first, page, _| {
-        for (slot, bytes) in loaded.slots_of(first).zip(page.chunks_exact(RECORD)) {
+        for (slot, bytes) in loaded.layout.slots_of(first).zip(page.chunks_exact(RECORD)) {
             let record = match Record::decode(&loaded.seed, slot, bytes) {
                 Ok(Record::Free) => continue,
                 Ok(Record::Quarantined) => {
@@ -309,10 +321,13 @@ fn walk(
                 }
             }
         }
-        progress(u64::from(loaded.slots_of(first).end), slots);
+        progress(u64::from(loaded.layout.slots_of(first).end), slots);
         Ok(())
     })?;
     for (entry, found) in loaded.chunks.iter().zip(found) {
+        if entry.state == ChunkState::Live && entry.suspect {
+            findings.push(Finding::Suspect { chunk: entry.chunk });
+        }
         if entry.state != ChunkState::Free && entry.extents != found && !entry.suspect {
             findings.push(Finding::Count {
                 chunk: entry.chunk,

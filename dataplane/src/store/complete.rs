@@ -87,13 +87,13 @@ impl Store {
             return;
         }
         let page = self.cache.frames[frame as usize].page;
-        let first = page * RECORDS_PER_PAGE as u32;
+        let slots = self.layout.slots_of(page * RECORDS_PER_PAGE as u32);
         let good = ok
             && self
                 .arena
                 .bytes(frame as usize, 1)
                 .chunks_exact(RECORD)
-                .zip(first..)
+                .zip(slots)
                 .all(|(bytes, slot)| Record::decode(&self.seed, slot, bytes).is_ok());
         if !good {
             // Which extents a damaged page held is only known by a scan: the disk ends, and comes back suspect.

@@ -127,6 +127,11 @@ impl Layout {
         self.data + u64::from(slot) * EXTENT as u64 + u64::from(block) * BLOCK as u64
     }
 
+    /// The slots of the page of records that begins with slot `first`: fewer in the last page, whose rest means nothing.
+    pub fn slots_of(&self, first: u32) -> std::ops::Range<u32> {
+        first..(u64::from(first) + RECORDS_PER_PAGE as u64).min(self.superblock.slots) as u32
+    }
+
     /// First byte of a page of records.
     #[inline]
     pub fn page_at(&self, page: u32) -> u64 {

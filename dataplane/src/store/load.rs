@@ -100,7 +100,8 @@ pub(super) fn load(io: &mut dyn BlockIo, findings: &mut Findings) -> Result<Load
     Err(LoadError::Checkpoints)
 }
 
-fn superblock(io: &mut dyn BlockIo, findings: &mut Findings) -> Result<(Layout, bool), LoadError> {
+/// The superblock, or where that is lost its copy: then true.
+pub(super) fn superblock(io: &mut dyn BlockIo, findings: &mut Findings) -> Result<(Layout, bool), LoadError> {
     let block = BLOCK as u64;
     let size = io.size() / block * block;
     if size < 2 * block {
@@ -348,10 +349,5 @@ impl Loaded {
         io.read(self.layout.page_at(slot / RECORDS_PER_PAGE as u32), &mut page)?;
         let at = slot as usize % RECORDS_PER_PAGE * RECORD;
         Ok(Record::decode(&self.seed, slot, &page[at..at + RECORD]))
-    }
-
-    /// The slots of a page that the disk has.
-    pub(super) fn slots_of(&self, first: u32) -> std::ops::Range<u32> {
-        first..(u64::from(first) + RECORDS_PER_PAGE as u64).min(self.layout.superblock.slots) as u32
     }
 }

@@ -137,13 +137,10 @@ struct Scanned {
 }
 
 impl Store {
-    /// Which disk it is, as far as its first superblock can be read.
+    /// Which disk it is: the one that [`Store::open`] would open, be it by the copy of its superblock.
     pub fn identify(io: &mut dyn BlockIo) -> Option<super::DiskUuid> {
-        let mut block = [0; BLOCK];
-        io.read(0, &mut block).ok()?;
-        super::codec::Superblock::decode(&block)
-            .ok()
-            .map(|superblock| super::DiskUuid(superblock.uuid))
+        let (layout, _) = super::load::superblock(io, &mut super::check::Findings::default()).ok()?;
+        Some(super::DiskUuid(layout.superblock.uuid))
     }
 
     /// Opens a disk.
@@ -156,6 +153,8 @@ impl Store {
         if loaded.header.boot == options.boot.0 {
             return Err(OpenError::BootReused);
         }
+        // A killed process may have left journal blocks in the device's cache: durable before any page that holds them.
+        io.flush()?;
         let mut scanned = scan(io, &mut loaded, &mut findings)?;
         read_back(io, &loaded)?;
         zero_windows(io, &mut loaded, &scanned.slots)?;
@@ -288,7 +287,7 @@ fn scan(
     };
     let s = &mut scanned;
     loaded.scan(io, |io, first, page, changed| {
-        for (slot, bytes) in loaded.slots_of(first).zip(page.chunks_exact(RECORD)) {
+        for (slot, bytes) in loaded.layout.slots_of(first).zip(page.chunks_exact(RECORD)) {
             let record = match Record::decode(&loaded.seed, slot, bytes) {
                 Ok(Record::Free) => continue,
                 Ok(Record::Extent(record)) => Some(record),

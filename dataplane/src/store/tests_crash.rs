@@ -341,6 +341,29 @@ fn crashes_and_closes_over_many_lives() {
     }
 }
 
+/// Power is lost while a disk is opened whose process was killed: what that had written was in the device's cache only.
+#[test]
+fn a_loss_of_power_while_a_killed_process_s_disk_is_opened() {
+    for seed in 0..150 {
+        let mut world = World::new(seed);
+        let mut disk = formatted(6 << 20, 64 << 10);
+        for life in 0..5 {
+            world.boot += 1;
+            let (mut rig, report) = Rig::open(disk, world.boot);
+            assert!(report.damage.is_empty(), "seed {seed}: {:?}", report.damage);
+            world.attach(&mut rig);
+            world.compare(&mut rig, life > 0);
+            let until = world.rng.below(400);
+            world.run(&mut rig, 1500, until);
+            disk = rig.disk;
+            world.boot += 1;
+            disk.fuse = Some(world.rng.below(16));
+            Store::open(&mut disk, &options(world.boot)).ok();
+            disk.crash(&mut world.rng, Vec::new());
+        }
+    }
+}
+
 /// Each planted bug of the store that one disk alone can show is found within this many seeds.
 #[cfg(feature = "planted")]
 #[test]

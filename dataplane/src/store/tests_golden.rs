@@ -220,6 +220,42 @@ fn check_finds_each_kind_of_damage() {
 }
 
 #[test]
+fn a_disk_is_known_by_the_copy_of_its_superblock_too() {
+    let (mut disk, _) = filled();
+    let uuid = Some(DiskUuid(0x1234_5678));
+    assert_eq!(Store::identify(&mut disk), uuid);
+    disk.unreadable.push(0);
+    assert_eq!(Store::identify(&mut disk), uuid, "the first can not be read");
+    disk.unreadable.clear();
+    disk.live[100] ^= 1;
+    assert_eq!(Store::identify(&mut disk), uuid, "the first is damaged");
+    disk.live[0] ^= 1;
+    assert_eq!(Store::identify(&mut disk), None, "somebody else's");
+}
+
+#[test]
+fn what_lies_behind_the_last_record_means_nothing() {
+    let (mut disk, layout) = filled();
+    assert!(!layout.superblock.slots.is_multiple_of(RECORDS_PER_PAGE as u64));
+    disk.live[layout.data as usize - 1] ^= 1;
+    disk.live[layout.page_at(layout.record_pages as u32 - 1) as usize + BLOCK - 1] ^= 1;
+    let (mut rig, report) = Rig::open(disk, 2);
+    assert!(report.damage.is_empty(), "{:?}", report.damage);
+    rig.ask(header(2, 0), Request::Seal);
+    let mut extent = 5;
+    loop {
+        let write = rig.stamped(0, span(chunk(0, 1), extent, 0, 1), 1);
+        match rig.ask(header(2, 0), write) {
+            Reply::Done => extent += 1,
+            Reply::Refused(Status::NoSpace) => break,
+            other => panic!("{other:?}"),
+        }
+    }
+    assert_eq!(u64::from(extent), layout.superblock.slots, "every slot was used");
+    assert!(!rig.failed);
+}
+
+#[test]
 fn a_rotten_record_is_quarantined_and_the_disk_suspect_until_settled() {
     let (mut disk, layout) = filled();
     disk.live[layout.page_at(0) as usize + 60] ^= 1;
@@ -229,6 +265,8 @@ fn a_rotten_record_is_quarantined_and_the_disk_suspect_until_settled() {
         assert_eq!(report.damage.is_empty(), boot == 3, "{:?}", report.damage);
         assert_eq!(rig.store.stats().quarantined_slots, 1);
         disk = rig.disk;
+        let check = check(&mut disk, &mut |_, _| {});
+        assert_eq!(check.findings, [Finding::Suspect { chunk: chunk(0, 1) }]);
     }
     let (mut rig, _) = Rig::open(disk, 4);
     let Reply::Sealed(sealed) = rig.ask(header(2, 0), Request::Seal) else {
@@ -252,6 +290,8 @@ fn a_rotten_record_is_quarantined_and_the_disk_suspect_until_settled() {
         panic!()
     };
     assert!(!sealed.suspect);
+    rig.close();
+    assert_eq!(check(&mut rig.disk, &mut |_, _| {}).verdict, Verdict::Clean);
 }
 
 #[test]

@@ -51,9 +51,11 @@ impl Windows {
         }
     }
 
-    /// The slot's window is announced.
-    pub(super) fn counts(&self, slot: u32) -> bool {
-        self.all.contains(&(slot / WINDOW))
+    /// The slot's window is announced, in what is durable of the journal. A window may be replaced and announced anew
+    /// while an operation holds a slot of it: a checkpoint between the two knows nothing of it.
+    pub(super) fn counts(&self, slot: u32, durable: u64) -> bool {
+        let window = slot / WINDOW;
+        (0..WINDOWS).any(|n| self.all[n] == window && self.need[n] <= durable)
     }
 }
 
@@ -126,5 +128,23 @@ impl Store {
             }
         }
         None
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A slot taken before its window was replaced and announced again must wait for the second announcement too.
+    #[test]
+    fn a_window_counts_once_its_announcement_is_durable() {
+        let mut windows = Windows::new();
+        assert!(!windows.counts(0, u64::MAX));
+        (windows.all[2], windows.need[2]) = (3, 7);
+        let slot = 3 * WINDOW + 5;
+        assert!(!windows.counts(slot, 6) && windows.counts(slot, 7));
+        assert!(!windows.counts(slot + WINDOW, 7));
+        (windows.all[2], windows.all[0], windows.need[0]) = (9, 3, 20);
+        assert!(!windows.counts(slot, 19) && windows.counts(slot, 20));
     }
 }

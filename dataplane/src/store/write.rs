@@ -154,7 +154,7 @@ impl Store {
             self.ops.push(&mut self.journal_wait, i);
             return Found::Later;
         }
-        if !self.windows.counts(slot) && self.record(frame, slot) == Record::Free {
+        if !self.windows.counts(slot, self.journal.durable) && self.record(frame, slot) == Record::Free {
             // Its window was replaced while the operation waited; nothing was written to it.
             let map = self.tables.chunks[place as usize]
                 .map
