@@ -105,7 +105,13 @@ impl Disks {
         });
     }
 
-    pub(crate) fn opened(&mut self, ground: &Ground, index: DiskIndex, opened: Result<Opened, DiskError>) {
+    pub(crate) fn opened(
+        &mut self,
+        ground: &Ground,
+        state: &State,
+        index: DiskIndex,
+        opened: Result<Opened, DiskError>,
+    ) {
         let opened = match opened {
             Ok(opened) => opened,
             Err(error) => return self.out_of_service(index, &node::chain(&error)),
@@ -116,6 +122,13 @@ impl Disks {
         if let Some(twin) = twin {
             let why = format!("it is a copy of {}: use only one of them", twin.disk.name);
             return self.out_of_service(index, &why);
+        }
+        // A state that lags behind knows it when the disk is tried again.
+        if !node::ours(state, opened.uuid, false, &opened.chunks) {
+            let why = "it holds replicas of volumes that this cluster knows nothing of; they were not touched. Is it \
+                       another cluster's, or was it taken out of this one? If its contents may be destroyed, format it \
+                       with --force";
+            return self.out_of_service(index, why);
         }
         let bay = self.bay(index);
         bay.disk.uuid = Some(opened.uuid);

@@ -402,7 +402,9 @@ impl Agent {
         match input {
             Input::Plane(event) => self.event(event),
             Input::Changed => {}
-            Input::Opened(index, opened) => self.disks.opened(&self.ground, index, *opened),
+            Input::Opened(index, opened) => {
+                self.disks.opened(&self.ground, &self.view.state, index, *opened);
+            }
             Input::DiskRecorded(index, record, outcome) => {
                 self.disks.recorded(&self.ground, index, record, &outcome);
             }

@@ -35,6 +35,7 @@ use crate::state::{Applied, Command, Disk, NodeId, Refused, Replica, ReplicaStat
 pub use disks::{DiskError, check_disk, format_disk};
 pub(crate) use disks::{NodeDisk, Opened, Phase, fault_rule, is_path, open as open_disk};
 pub(crate) use status::{disk_status, reactor_status, volume_status};
+pub(crate) use storage::ours;
 
 /// How often the agent looks at what is due.
 const TICK: Duration = Duration::from_millis(500);

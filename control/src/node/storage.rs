@@ -6,6 +6,7 @@ use std::time::Instant;
 
 use super::disks::{self, DiskError, NodeDisk, Opened, Phase};
 use super::*;
+use crate::state::State;
 
 impl Node {
     pub(super) fn open_disks(&mut self) -> Result<(), NodeError> {
@@ -67,6 +68,14 @@ impl Node {
             )));
         }
         let domain = self.disks[usize::from(index.0)].domain();
+        let served = self.disks[usize::from(index.0)].uuid == Some(up.uuid);
+        if !ours(self.control.state(), up.uuid, served, &opened.chunks) {
+            let name = &self.disks[usize::from(index.0)].name;
+            return Err(NodeError::Wrong(format!(
+                "{name} holds replicas of volumes that this node's state knows nothing of; they were not touched. Is --state \
+                 the right directory, and up to date? If the disk's contents may be destroyed, format it with --force"
+            )));
+        }
         let known = self.control.state().disks.get(&Disk(up.uuid));
         if known.is_none_or(|record| record.domain != domain || record.bytes != bytes) {
             self.control.execute(&Command::AddDisk {
@@ -221,5 +230,74 @@ impl Node {
                 Err(error) => eprintln!("unibody: {}", chain(&error)),
             }
         }
+    }
+}
+
+/// What a disk holds is this state's to keep or to give back: the state knows the disk (or this process had it in service
+/// before it was replaced), and handed out the numbers of all volumes on it. Under an empty, another or an older state
+/// everything on a disk would look like garbage.
+pub(crate) fn ours(state: &State, disk: DiskUuid, served: bool, found: &[ChunkRef]) -> bool {
+    let known = served || state.disks.contains_key(&Disk(disk));
+    found
+        .iter()
+        .all(|chunk| known && state.has_named(chunk.key.volume))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use unibody_dataplane::ids::{ChunkKey, LayerId};
+
+    #[test]
+    fn only_what_this_state_made_is_its_own() {
+        let disk = DiskUuid(7);
+        let replica = |volume| ChunkRef {
+            key: ChunkKey {
+                volume: VolumeId(volume),
+                layer: LayerId(1),
+                chunk: 0,
+            },
+            incarnation: 1,
+        };
+        let mut state = State::default();
+        let first = 1;
+        assert!(ours(&state, disk, false, &[]), "an empty disk is anybody's");
+        assert!(
+            !ours(&state, disk, false, &[replica(first)]),
+            "a state that lost everything"
+        );
+        let add = Command::AddDisk {
+            disk,
+            node: NodeId::LOCAL,
+            domain: "d".into(),
+            bytes: 1 << 30,
+        };
+        state.apply(&add).unwrap();
+        assert!(
+            !ours(&state, disk, false, &[replica(first)]),
+            "a state from before the volume"
+        );
+        let create = Command::CreateVolume {
+            name: "v".into(),
+            size: 1 << 20,
+            mirror: 1,
+            stripe_unit: 1 << 18,
+            stripe_width: 1,
+            read_only: false,
+            instance: 5,
+            chunks: vec![vec![disk]],
+        };
+        state.apply(&create).unwrap();
+        assert!(ours(&state, disk, false, &[replica(first)]));
+        assert!(!ours(&state, disk, false, &[replica(first), replica(first + 1)]));
+        let other = DiskUuid(8);
+        assert!(
+            !ours(&state, other, false, &[replica(first)]),
+            "another state's disk"
+        );
+        assert!(
+            ours(&state, other, true, &[replica(first)]),
+            "replaced, and now it returns"
+        );
     }
 }

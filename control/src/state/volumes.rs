@@ -165,6 +165,11 @@ impl State {
         (!placed).then_some(Generation(volume.generation))
     }
 
+    /// Whether this state ever gave a volume this number.
+    pub fn has_named(&self, volume: VolumeId) -> bool {
+        volume.0 < self.next_volume
+    }
+
     /// Whether any volume has a replica on the disk.
     pub fn has_replicas(&self, disk: DiskUuid) -> bool {
         let mut slots = self.volumes.values().flat_map(|volume| &volume.chunks).flatten();

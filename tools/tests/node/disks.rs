@@ -286,3 +286,32 @@ fn what_was_moved_off_a_disk_gives_its_space_back_when_the_disk_returns() {
     runs(&["bench", &place.str("v.sock"), "--verify-only", "--bs", "64K"]);
     assert_eq!(node.terminate(), Some(0));
 }
+
+/// The state directory is the map of what lies on the disks. Under another one everything there would look like garbage.
+#[test]
+fn under_another_state_nothing_on_the_disks_is_touched() {
+    let place = Place::new();
+    let (a, b) = (place.disk("a.img", "256M"), place.disk("b.img", "256M"));
+    let (state, other) = (place.str("state"), place.str("other"));
+    let volume = place.volume("v", "size=64M,mirror=2");
+    let flags = |state: &str| {
+        let flags = ["--disk", &a, "--disk", &b, "--state", state, "--volume", &volume];
+        flags.map(str::to_owned)
+    };
+    let start = |state: &str| Node::start(&flags(state).each_ref().map(String::as_str));
+    let socket = place.str("v.sock");
+    let node = start(&state);
+    runs(&["bench", &socket, "--fill", "--bs", "64K", "--size", "16M"]);
+    assert_eq!(node.terminate(), Some(0));
+
+    let refused = flags(&other);
+    let said = fails(&[&["serve"], &refused.each_ref().map(String::as_str)[..]].concat());
+    assert!(
+        said.contains("knows nothing of") && said.contains("--state"),
+        "{said}"
+    );
+
+    let node = start(&state);
+    runs(&["bench", &socket, "--verify-only", "--bs", "4K", "--size", "16M"]);
+    assert_eq!(node.terminate(), Some(0));
+}
