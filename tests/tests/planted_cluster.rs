@@ -25,7 +25,7 @@ const FOUND: &[(Bug, u64)] = &[
     (Bug::SkipReconcile, 120),
     (Bug::RebuildForgetsTrims, 120),
     (Bug::RebuildWithoutLock, 120),
-    (Bug::ReadsIgnoreConflicts, 400),
+    (Bug::ReadsIgnoreConflicts, 1000),
     (Bug::PromoteWithoutCompare, 120),
     (Bug::ReadFromStale, 120),
     (Bug::FlushEarly, 400),

@@ -226,14 +226,17 @@ impl Cluster {
                 return Err("the volume does not detach".into());
             }
         }
-        for drive in 0..self.drives.len() {
-            self.store(drive, |store, out| store.close(out))?;
-        }
         while self
             .drives
             .iter()
             .any(|drive| drive.store.is_some() && !drive.failed)
         {
+            // Each time anew: a process that was just starting may open a disk only now.
+            for drive in 0..self.drives.len() {
+                if self.drives[drive].store.is_some() && !self.drives[drive].failed {
+                    self.store(drive, |store, out| store.close(out))?;
+                }
+            }
             self.step()?;
             if self.now > until + 60_000_000 {
                 return Err("a disk does not close".into());
