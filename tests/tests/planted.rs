@@ -11,7 +11,7 @@ use unibody_tests::sim::{self, script};
 
 /// Bugs and the seeds, from zero on, within which each must be found.
 const FOUND: &[(Bug, u64)] = &[
-    (Bug::AckAtFirst, 300),
+    (Bug::AckAtFirst, 500),
     (Bug::SkipSeal, 300),
     (Bug::WritesIgnoreConflicts, 60),
     (Bug::ReadsIgnoreConflicts, 300),
