@@ -116,6 +116,20 @@ impl Scene {
         }
     }
 
+    /// The guest reads or writes the first block.
+    fn submit(&mut self, op: u32, kind: OpKind, arena: &Arena) {
+        let crcs: &[u32] = if kind == OpKind::Write { &[0] } else { &[] };
+        self.mirror.submit(
+            OpId(op),
+            kind,
+            0,
+            BLOCK as u64,
+            arena.payload(0),
+            crcs,
+            &mut self.out,
+        );
+    }
+
     /// Lets time pass in the steps in which a driver would tell it.
     fn pass(&mut self, from: u64, to: u64) {
         for now in (from..=to).step_by(100) {
@@ -131,15 +145,7 @@ fn a_write_that_the_survivor_flushed_meanwhile_is_answered_when_the_silent_disk_
     scene.pass(0, 500);
     scene.silent.push(DiskIndex(1));
     let arena = Arena::new(1).unwrap();
-    scene.mirror.submit(
-        OpId(0),
-        OpKind::Write,
-        0,
-        BLOCK as u64,
-        arena.payload(0),
-        &[0],
-        &mut scene.out,
-    );
+    scene.submit(0, OpKind::Write, &arena);
     // The owner flushes by itself after a second, well before the disk counts as silent.
     scene.pass(500, 2_500);
     assert_eq!(
@@ -159,15 +165,7 @@ fn a_write_that_the_survivor_flushed_meanwhile_is_answered_when_the_silent_disk_
 
 impl Scene {
     fn read(&mut self, op: u32, arena: &Arena) {
-        self.mirror.submit(
-            OpId(op),
-            OpKind::Read,
-            0,
-            BLOCK as u64,
-            arena.payload(0),
-            &[],
-            &mut self.out,
-        );
+        self.submit(op, OpKind::Read, arena);
         self.play();
     }
 }
@@ -223,15 +221,7 @@ fn reads_stay_on_this_node_until_its_disk_has_a_queue() {
     scene.mirror.disk_up(DiskUuid(1), false, &mut scene.out);
     scene.silent = vec![DiskIndex(0), DiskIndex(1)];
     for op in 0..2 * FAR + 2 {
-        scene.mirror.submit(
-            OpId(op),
-            OpKind::Read,
-            0,
-            BLOCK as u64,
-            arena.payload(0),
-            &[],
-            &mut scene.out,
-        );
+        scene.submit(op, OpKind::Read, &arena);
     }
     let reads = |disk| {
         let to = |effect: &&Effect| matches!(effect, Effect::Send { disk: to, request: Request::Read { .. }, .. } if *to == disk);
@@ -250,15 +240,7 @@ fn an_owner_that_stood_still_waits_anew_for_its_disks() {
     scene.pass(0, 500);
     scene.silent.push(DiskIndex(1));
     let arena = Arena::new(1).unwrap();
-    scene.mirror.submit(
-        OpId(0),
-        OpKind::Write,
-        0,
-        BLOCK as u64,
-        arena.payload(0),
-        &[0],
-        &mut scene.out,
-    );
+    scene.submit(0, OpKind::Write, &arena);
     scene.play();
     scene.pass(40_000, 42_000);
     assert_eq!(
