@@ -208,7 +208,7 @@ pub struct CheckpointHeader {
     pub volumes: u32,
     /// Entries (from the first) of the chunk table that are written.
     pub chunks: u32,
-    /// The disk was closed: nothing is dirty and the journal is empty.
+    /// The disk was closed: the journal is empty, and only what was not stable is dirty.
     pub clean: bool,
     /// Hash of the written table blocks.
     pub tables: [u8; 32],

@@ -284,6 +284,21 @@ fn idle_chunks_become_clean() {
     }
 }
 
+/// A closed disk has nothing in doubt, but for what another replica may not have: its owner may be gone, and the replica too.
+#[test]
+fn what_was_not_stable_when_the_disk_was_closed_is_in_doubt() {
+    for stable in [0, 1] {
+        let mut rig = rig();
+        let write = rig.stamped(0, span(chunk(0, 1), 20, 0, 1), 1);
+        rig.ask(header(1, 0), write);
+        rig.ask(header(1, stable), Request::Flush);
+        rig.close();
+        let (_, report) = Rig::open(rig.disk, 2);
+        assert_eq!(report.in_doubt_regions, u64::from(stable == 0));
+        assert!(report.clean && report.replayed_blocks == 0);
+    }
+}
+
 /// What the state machine itself costs: run by hand, with `--ignored --nocapture`, in release.
 #[test]
 #[ignore = "a measurement, not a test"]

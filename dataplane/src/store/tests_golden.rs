@@ -150,6 +150,8 @@ fn filled() -> (SimDisk, layout::Layout) {
         let write = rig.stamped(0, span(chunk(0, 1), extent, 0, 3), 1);
         assert_eq!(rig.ask(header(1, 0), write), Reply::Done);
     }
+    // All of it is stable.
+    rig.ask(header(1, 1), Request::Flush);
     rig.close();
     assert!(rig.closed);
     let layout = rig.store.layout;
