@@ -81,6 +81,8 @@ pub(super) struct Disk {
     pub(super) flushed_to: u64,
     flushing: bool,
     flush_again: bool,
+    /// What it was last told of `stable`; a seal tells nothing, and may have reached a boot that knows nothing yet.
+    heard: Version,
     /// It was lost with acknowledged writes unflushed.
     pub(super) lost_unflushed: bool,
 }
@@ -106,6 +108,7 @@ impl Mirror {
             flushed_to: 0,
             flushing: false,
             flush_again: false,
+            heard: Version::ZERO,
             lost_unflushed: false,
         });
         self.disks.len() as u16 - 1
@@ -170,6 +173,10 @@ impl Mirror {
             state.progress = self.now;
         }
         state.out += 1;
+        state.heard = match purpose {
+            Purpose::Seal => Version::ZERO,
+            _ => self.stable,
+        };
         out.push(Effect::Send {
             disk: DiskIndex(disk),
             id: RequestId(turn << PLACE_BITS | i),
@@ -351,6 +358,24 @@ impl Mirror {
         let covers = self.seq;
         self.send(d as u16, 0, Purpose::Flush { covers }, Request::Flush, out);
         true
+    }
+
+    /// Tells the disks what is stable, now that nothing is under way: what they do not know to be stable stays dirty when
+    /// they are closed. Says whether there is something to wait for.
+    pub(super) fn tell_stable(&mut self, out: &mut Vec<Effect>) -> bool {
+        self.begin_round(out);
+        self.flush_progress(out);
+        let mut told = false;
+        for d in 0..self.disks.len() {
+            let disk = &self.disks[d];
+            if disk.sealed && disk.counted > 0 && disk.heard < self.stable {
+                let covers = self.seq;
+                self.disks[d].flushing = true;
+                self.send(d as u16, 0, Purpose::Flush { covers }, Request::Flush, out);
+                told = true;
+            }
+        }
+        told
     }
 
     pub(super) fn is_flushed(&self, d: usize, want: u64) -> bool {

@@ -551,7 +551,7 @@ impl Mirror {
                 return;
             }
         }
-        if self.requests.live() == 0 {
+        if self.requests.live() == 0 && !self.tell_stable(out) {
             self.phase = Phase::Detached;
             out.push(Effect::Detached);
         }
