@@ -20,6 +20,8 @@ struct Scene {
     /// Disks that obey a later owner.
     sealed_by_another: Vec<DiskIndex>,
     done: Vec<(OpId, Result<(), OpError>, bool)>,
+    /// What each disk was last told to be stable.
+    heard: [Version; 2],
 }
 
 impl Scene {
@@ -47,6 +49,7 @@ impl Scene {
             silent: Vec::new(),
             sealed_by_another: Vec::new(),
             done: Vec::new(),
+            heard: [Version::ZERO; 2],
         };
         for disk in [1, 2] {
             scene.mirror.disk_up(DiskUuid(disk), true, &mut scene.out);
@@ -62,8 +65,14 @@ impl Scene {
             for effect in std::mem::take(&mut self.out) {
                 match effect {
                     Effect::Send {
-                        disk, id, request, ..
+                        disk,
+                        id,
+                        header,
+                        request,
                     } if !self.silent.contains(&disk) => {
+                        if request != Request::Seal {
+                            self.heard[usize::from(disk.0)] = header.stable;
+                        }
                         let reply = match request {
                             Request::Seal => Reply::Sealed(Box::new(Sealed {
                                 disk: self.mirror.disk(disk),
@@ -254,4 +263,22 @@ fn an_owner_that_stood_still_waits_anew_for_its_disks() {
         SlotState::Stale,
         "and it is silent indeed"
     );
+}
+
+/// A disk that is closed afterwards has nothing in doubt.
+#[test]
+fn a_detach_tells_the_disks_that_all_is_stable() {
+    for writes in 0..2 {
+        let mut scene = Scene::new();
+        let arena = Arena::new(1).unwrap();
+        for op in 0..writes {
+            scene.submit(op, OpKind::Write, &arena);
+        }
+        scene.play();
+        scene.mirror.detach(&mut scene.out);
+        scene.play();
+        assert_eq!(scene.mirror.phase(), Phase::Detached);
+        let last = Version::new(Generation(1), u64::from(writes));
+        assert_eq!(scene.heard, [last; 2]);
+    }
 }
