@@ -6,6 +6,7 @@
 pub mod admin;
 pub mod api;
 pub mod cluster;
+mod durable;
 mod envelope;
 pub mod local;
 pub mod node;

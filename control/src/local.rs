@@ -4,9 +4,10 @@
 //! change is published, with a format version and a blake3 checksum. The directory is locked while a node runs.
 
 use std::fs::{self, File, OpenOptions};
-use std::io::{self, Write};
+use std::io;
 use std::path::{Path, PathBuf};
 
+use crate::durable;
 use crate::envelope::{self, Unreadable};
 use crate::state::{Applied, Command, FORMAT, Refused, State};
 
@@ -96,15 +97,7 @@ impl LocalState {
             let path = path.to_path_buf();
             move |source| OpenError::System { doing, path, source }
         };
-        if !dir.exists() {
-            fs::create_dir_all(dir).map_err(system("making the directory", dir))?;
-            // Of a path like `state` the parent is the working directory.
-            let parent = dir.parent().filter(|parent| !parent.as_os_str().is_empty());
-            let parent = parent.unwrap_or(Path::new("."));
-            File::open(parent)
-                .and_then(|parent| parent.sync_all())
-                .map_err(system("flushing", parent))?;
-        }
+        durable::make_directory(dir).map_err(system("making the directory", dir))?;
         let lock_path = dir.join("lock");
         let lock = OpenOptions::new()
             .create(true)
@@ -145,7 +138,7 @@ impl LocalState {
         let mut next = self.state.clone();
         let applied = next.apply(command)?;
         if let Some((path, _)) = &self.home {
-            replace(path, &encode(&next)).map_err(|source| ExecuteError::Write {
+            durable::replace(path, &encode(&next)).map_err(|source| ExecuteError::Write {
                 path: path.clone(),
                 source,
             })?;
@@ -190,23 +183,6 @@ pub fn fuzz_state(bytes: &[u8]) {
             );
         }
     }
-}
-
-fn replace(path: &Path, bytes: &[u8]) -> io::Result<()> {
-    let fresh = path.with_extension("new");
-    let mut file = File::create(&fresh)?;
-    file.write_all(bytes)?;
-    file.sync_all()?;
-    let directory = File::open(path.parent().unwrap_or(Path::new(".")))?;
-    fs::rename(&fresh, path)?;
-    if let Err(error) = directory.sync_all() {
-        eprintln!(
-            "unibody: whether the node's state in {} is durable is unknown ({error}): the process ends",
-            path.display()
-        );
-        std::process::abort();
-    }
-    Ok(())
 }
 
 #[cfg(test)]

@@ -17,6 +17,9 @@ const WIDTH_DEFAULT_MAX: u32 = 16;
 /// By what part a disk may be fuller than the average and still be preferred for being near.
 const LOCAL_SLACK: u128 = 40;
 
+/// Most replicas in one plan: a cluster's nodes tell each other of it in 16 MiB.
+const REPLICAS_MAX: u32 = 400_000;
+
 /// Why no place was found.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum PlanError {
@@ -29,6 +32,12 @@ pub enum PlanError {
         copies: u32,
         /// Domains with usable disks.
         domains: usize,
+    },
+    /// More than one change of the state can tell of.
+    #[error("a volume grows by at most {most_tib} TiB at a time: resize it in steps")]
+    TooMuch {
+        /// How much one change can tell of.
+        most_tib: u64,
     },
 }
 
@@ -146,7 +155,7 @@ pub fn default_width(state: &State) -> u32 {
 /// Disks for `count` new chunks with `copies` replicas each.
 ///
 /// # Errors
-/// When there are too few failure domains.
+/// When there are too few failure domains, or it is more than one change can tell of.
 pub fn plan_chunks(state: &State, count: u32, copies: u32) -> Result<Vec<Vec<DiskUuid>>, PlanError> {
     plan_chunks_near(state, count, copies, None)
 }
@@ -161,6 +170,11 @@ pub fn plan_chunks_near(
     copies: u32,
     near: Option<NodeId>,
 ) -> Result<Vec<Vec<DiskUuid>>, PlanError> {
+    let most = REPLICAS_MAX / copies.max(1);
+    if count > most {
+        let most_tib = (u64::from(most) * CHUNK) >> 40;
+        return Err(PlanError::TooMuch { most_tib });
+    }
     let mut board = Board::new(state);
     let domains = board.domains();
     if domains < copies as usize {
@@ -266,6 +280,18 @@ mod tests {
                 domains: 1
             })
         );
+    }
+
+    #[test]
+    fn what_no_change_can_tell_of_is_not_planned() {
+        let state = state_of(&[(1, 0), (1, 1)]);
+        assert_eq!(
+            plan_chunks(&state, 200_000, 2).map(|plan| plan.len()),
+            Ok(200_000)
+        );
+        let too_much = |count, copies| plan_chunks(&state, count, copies).unwrap_err().to_string();
+        assert!(too_much(200_001, 2).contains("at most 12 TiB"));
+        assert!(too_much(u32::MAX, 0).contains("at most 24 TiB"));
     }
 
     #[test]

@@ -9,7 +9,7 @@ use clap::{Args, Subcommand};
 use unibody_control::api;
 use unibody_control::api::types::Drain;
 use unibody_control::cluster::{Agent, JoinToken, NodeConfig, NodeSetup};
-use unibody_control::raft::{Cluster, Start};
+use unibody_control::raft::Start;
 use unibody_dataplane::disk::spec::{Backend, DiskSpec};
 use unibody_vmm_adapter::RuntimeRoot;
 
@@ -151,12 +151,7 @@ pub(crate) fn run(command: NodeCommand) -> Result<()> {
         }
         NodeCommand::Run { dir } => {
             let config = NodeConfig::load(&dir)?;
-            // One that lost its part of the state, or never got one, is a new node.
-            let start = match Cluster::is_in(&dir) || config.seeds.is_empty() {
-                true => Start::Resume,
-                false => Start::Join(config.seeds),
-            };
-            run_node(&dir, &start)
+            run_node(&dir, &Start::Resume(config.seeds))
         }
         NodeCommand::Token { api: true, dir } => {
             println!("{}", NodeConfig::load(&dir)?.api_token());

@@ -9,7 +9,6 @@ use axum::http::{HeaderMap, StatusCode};
 use serde::de::DeserializeOwned;
 use tokio::time::Instant;
 use unibody_dataplane::geometry::Geometry;
-use unibody_dataplane::ids::CHUNK;
 
 use super::show;
 use super::types::{Attached, Drain, NewVolume, OnNode, Resize, VmDefinition};
@@ -21,8 +20,6 @@ use crate::state::{
     Applied, Command, Disk, NodeId, Refused, Replica, ReplicaState, State as Control, VmSpec, Volume,
 };
 
-/// Most replicas in one change: they have to be told in 16 MiB.
-const REPLICAS_MAX: u64 = 400_000;
 /// Times that a placement is planned anew because disks have come or gone meanwhile.
 const PLANS: u32 = 5;
 /// Between two looks at whether something has come about.
@@ -69,9 +66,7 @@ pub(super) async fn create_volume(State(api): State<Api>, Given(new): Given<NewV
             return Err(Refused::Size(new.size).into());
         }
         let count = geometry.chunks(new.size);
-        few_enough(count, new.mirror)?;
-        let chunks = planner::plan_chunks_near(state, count, new.mirror, near)
-            .map_err(|error| conflict(error.to_string()))?;
+        let chunks = planner::plan_chunks_near(state, count, new.mirror, near)?;
         let instance = crate::raft::random();
         let create = Command::CreateVolume {
             name: new.name.clone(),
@@ -99,18 +94,6 @@ pub(super) async fn create_volume(State(api): State<Api>, Given(new): Given<NewV
         return Ok(StatusCode::NO_CONTENT);
     }
     unreachable!("the last plan's outcome is returned")
-}
-
-/// Looked at before so much is planned and written down.
-fn few_enough(chunks: u32, mirror: u32) -> Result<(), Failure> {
-    let most = (REPLICAS_MAX / u64::from(mirror.max(1)) * CHUNK) >> 40;
-    (u64::from(chunks) * u64::from(mirror) <= REPLICAS_MAX)
-        .then_some(())
-        .ok_or_else(|| {
-            wrong(format!(
-                "a volume grows by at most {most} TiB at a time: resize it in steps"
-            ))
-        })
 }
 
 /// The outcome of a change of a volume. That the volume has been attached since is no failure of the change.
@@ -148,9 +131,7 @@ pub(super) async fn resize_volume(
         .geometry()
         .chunks(size)
         .saturating_sub(volume.chunks.len() as u32);
-    few_enough(more, volume.mirror)?;
-    let chunks =
-        planner::plan_chunks(state, more, volume.mirror).map_err(|error| conflict(error.to_string()))?;
+    let chunks = planner::plan_chunks(state, more, volume.mirror)?;
     let resize = Command::ResizeVolume {
         name: name.clone(),
         size,
@@ -511,12 +492,5 @@ mod tests {
         // Where the state knows that it is the last one, taking it out does not change that.
         state.apply(&Command::DiskOut { disk: two.0 }).unwrap();
         assert_eq!(alone_on(&state, one, |disk| disk == one), None);
-    }
-
-    #[test]
-    fn a_volume_is_not_planned_that_no_change_can_tell_of() {
-        assert!(few_enough(200_000, 2).is_ok());
-        let error = few_enough(200_001, 2).unwrap_err();
-        assert!(error.1.contains("at most 12 TiB"), "{error:?}");
     }
 }

@@ -36,6 +36,7 @@ use utoipa::OpenApi;
 
 use crate::cluster::vms::VmHost;
 use crate::cluster::{Agent, AgentHandle, LocalAnswer, LocalRequest};
+use crate::planner::PlanError;
 use crate::raft::{Cluster, ProposeError, View};
 use crate::state::{Applied, Command, NodeId, Refused, State as Control};
 use types::Problem;
@@ -109,6 +110,15 @@ fn wrong(why: impl Into<String>) -> Failure {
 
 fn conflict(why: impl Into<String>) -> Failure {
     Failure(StatusCode::CONFLICT, why.into())
+}
+
+impl From<PlanError> for Failure {
+    fn from(error: PlanError) -> Self {
+        match error {
+            PlanError::Domains { .. } => conflict(error.to_string()),
+            PlanError::TooMuch { .. } => wrong(error.to_string()),
+        }
+    }
 }
 
 /// The API as a document that programs read (`docs/formats/openapi.json`).

@@ -1,13 +1,14 @@
 //! What a node of a cluster remembers of itself beside its part of the cluster's state, and the token by which others join.
 
-use std::fs::{self, OpenOptions};
-use std::io::{self, Write};
-use std::os::unix::fs::OpenOptionsExt;
+use std::fs;
+use std::io;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 use unibody_dataplane::wire::handshake::Token;
+
+use crate::durable;
 
 const FILE: &str = "node.json";
 const FORMAT: u32 = 1;
@@ -181,7 +182,7 @@ impl NodeConfig {
             out_after_s: setup.out_after.as_secs(),
             seeds: token.map(|token| token.seeds.clone()).unwrap_or_default(),
         };
-        fs::create_dir_all(dir).map_err(|source| ConfigError::System {
+        durable::make_directory(dir).map_err(|source| ConfigError::System {
             path: dir.to_path_buf(),
             source,
         })?;
@@ -221,24 +222,8 @@ impl NodeConfig {
     /// When the system refuses.
     pub fn save(&self, dir: &Path) -> Result<(), ConfigError> {
         let path = dir.join(FILE);
-        let system = |source| ConfigError::System {
-            path: path.clone(),
-            source,
-        };
-        let fresh = path.with_extension("new");
-        let mut file = OpenOptions::new()
-            .write(true)
-            .create(true)
-            .truncate(true)
-            .mode(0o600)
-            .open(&fresh)
-            .map_err(system)?;
         let text = serde_json::to_vec_pretty(self).expect("a configuration has string keys only");
-        file.write_all(&text)
-            .and_then(|()| file.sync_all())
-            .and_then(|()| fs::rename(&fresh, &path))
-            .and_then(|()| fs::File::open(dir)?.sync_all())
-            .map_err(system)
+        durable::replace(&path, &text).map_err(|source| ConfigError::System { path, source })
     }
 
     fn secret(&self) -> [u8; SECRET] {

@@ -9,7 +9,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{TcpListener, TcpStream};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -87,8 +87,9 @@ pub enum Start {
     Init,
     /// As a new node, by way of any node that listens at one of these addresses.
     Join(Vec<String>),
-    /// As the node that the store is of.
-    Resume,
+    /// As the node that the store is of; if it lost its store, or was stopped before it had one, as a new node by way of
+    /// these, if any.
+    Resume(Vec<String>),
 }
 
 /// Why a node does not take part.
@@ -220,13 +221,16 @@ impl Cluster {
     /// # Errors
     /// When the store can not be used or Raft does not start.
     pub fn start(options: Options, start: &Start) -> Result<Self, ClusterError> {
-        let seeds = match start {
-            Start::Init => Some(&[][..]),
+        let open = |new| Store::open(&options.dir, new);
+        let store = match start {
+            Start::Init => open(Some(&[])),
             Start::Join(seeds) if seeds.is_empty() => return Err(ClusterError::NoSeeds),
-            Start::Join(seeds) => Some(&seeds[..]),
-            Start::Resume => None,
-        };
-        let store = Store::open(&options.dir, seeds)?;
+            Start::Join(seeds) => open(Some(seeds)),
+            Start::Resume(seeds) => match open(None) {
+                Err(StoreError::Missing(_)) if !seeds.is_empty() => open(Some(seeds)),
+                opened => opened,
+            },
+        }?;
         let runtime = Builder::new_multi_thread()
             .worker_threads(2)
             .max_blocking_threads(4)
@@ -247,11 +251,6 @@ impl Cluster {
 
     fn runtime(&self) -> &Runtime {
         self.runtime.as_ref().expect("it is there until the end")
-    }
-
-    /// Whether a node has its part of a cluster in a directory.
-    pub fn is_in(dir: &Path) -> bool {
-        dir.join(super::store::FILE).exists()
     }
 
     /// Who this node is.

@@ -262,7 +262,7 @@ fn every_node_can_propose_and_all_agree_after_the_leader_was_lost() {
     propose(&members[other], &volume("v", &[1, 2]));
     // Somewhere else, where nobody looks for it.
     members[lost].options.addresses.clear();
-    members[lost].start(&Start::Resume);
+    members[lost].start(&Start::Resume(vec![]));
     let _said = Says(&members);
     wait_until("the new process is known", || {
         let (id, incarnation) = (members[lost].id(), members[lost].options.incarnation);
@@ -364,7 +364,9 @@ fn snapshots_bring_back_restarted_nodes_and_bring_up_new_ones() {
     let before = members[0].state();
     // All at once, as after a power loss.
     members.iter_mut().for_each(|member| member.cluster = None);
-    members.iter_mut().for_each(|member| member.start(&Start::Resume));
+    members
+        .iter_mut()
+        .for_each(|member| member.start(&Start::Resume(vec![])));
     let disks = |member: &Member| member.state().disks.clone();
     for member in &members {
         assert!(
@@ -415,8 +417,9 @@ fn a_learner_takes_the_place_of_a_dead_voter_and_a_lost_store_is_a_new_node() {
     );
     drop(empty);
     propose(&members[witness], &Command::RemoveNode { node: lost_id });
+    // Started as one that goes on, which finds nothing to go on with.
     let mut empty = Member::new(&members[lost].options.name, &cuts, TIMING);
-    empty.start(&Start::Join(members[witness].options.addresses.clone()));
+    empty.start(&Start::Resume(members[witness].options.addresses.clone()));
     empty.up().wait_member(LIMIT).unwrap();
     assert_ne!(empty.id(), lost_id);
     wait_until("the old one has left", || {
@@ -424,7 +427,7 @@ fn a_learner_takes_the_place_of_a_dead_voter_and_a_lost_store_is_a_new_node() {
         !status.learners.contains(&lost_id) && status.voters.len() + status.learners.len() == 4
     });
     // The removed node, back with its old store, stays out.
-    members[lost].start(&Start::Resume);
+    members[lost].start(&Start::Resume(vec![]));
     members.push(empty);
     propose(&members[witness], &add_disk(&members[witness], 1));
     assert!(!members[witness].state().nodes.contains_key(&lost_id));
@@ -446,7 +449,7 @@ fn five_voters_bear_the_loss_of_two() {
     propose(left, &add_disk(left, 2));
     assert_eq!(left.state().disks.len(), 2);
     for member in members.iter_mut().filter(|member| member.cluster.is_none()) {
-        member.start(&Start::Resume);
+        member.start(&Start::Resume(vec![]));
     }
     agree(&members);
     assert_eq!(members[0].state().disks.len(), 2);
@@ -462,7 +465,7 @@ fn a_founder_that_was_removed_does_not_come_back_by_itself() {
         members[0].up().is_removed() && !members[0].state().nodes.contains_key(&founder)
     });
     members[0].cluster = None;
-    members[0].start(&Start::Resume);
+    members[0].start(&Start::Resume(vec![]));
     let waited = members[0].up().wait_member(LIMIT);
     assert!(matches!(waited, Err(ClusterError::Removed)), "{waited:?}");
     assert!(
@@ -566,14 +569,14 @@ fn a_store_that_is_not_ours_is_refused() {
     let mut member = Member::new("n", &cuts, TIMING);
     let dir = member.options.dir.clone();
     let start = |member: &Member, start: &Start| Cluster::start(member.options.clone(), start).err();
-    let missing = start(&member, &Start::Resume);
+    let missing = start(&member, &Start::Resume(vec![]));
     assert!(matches!(
         missing,
         Some(ClusterError::Store(StoreError::Missing(_)))
     ));
     member.start(&Start::Init);
     member.up().wait_member(LIMIT).unwrap();
-    let in_use = start(&member, &Start::Resume);
+    let in_use = start(&member, &Start::Resume(vec![]));
     assert!(matches!(in_use, Some(ClusterError::Store(StoreError::InUse(_)))));
     member.cluster.take().unwrap().stop();
     let mut exists = start(&member, &Start::Init);
@@ -587,7 +590,7 @@ fn a_store_that_is_not_ours_is_refused() {
         b"something else, for which there was a reason",
     )
     .unwrap();
-    let foreign = start(&member, &Start::Resume);
+    let foreign = start(&member, &Start::Resume(vec![]));
     assert!(
         matches!(foreign, Some(ClusterError::Store(StoreError::Database { .. }))),
         "{foreign:?}"

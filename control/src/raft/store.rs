@@ -14,7 +14,7 @@
 //! Deliberately absent: repair. A damaged or foreign file is refused; the node joins anew with an empty directory.
 
 use std::fmt::Debug;
-use std::fs::{self, File};
+use std::fs::File;
 use std::ops::{Bound, RangeBounds};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -106,7 +106,9 @@ pub enum StoreError {
     #[error("{0} holds a node of a cluster already: start that, or use an empty directory")]
     Exists(PathBuf),
     /// There is none.
-    #[error("{0} holds no node of a cluster: begin one or join one first")]
+    #[error(
+        "{0} holds no node of a cluster: begin one or join one first (if `node init` was interrupted there, remove node.json and repeat it)"
+    )]
     Missing(PathBuf),
 }
 
@@ -172,7 +174,7 @@ impl Store {
             path: path.clone(),
             why: why.to_string(),
         };
-        fs::create_dir_all(dir).map_err(system("making the directory", dir))?;
+        crate::durable::make_directory(dir).map_err(system("making the directory", dir))?;
         if new.is_none() && !path.exists() {
             return Err(StoreError::Missing(dir.to_path_buf()));
         }
