@@ -12,7 +12,7 @@ use unibody_tests::cluster;
 
 /// Bugs and the seeds, from zero on, within which each must be found.
 const FOUND: &[(Bug, u64)] = &[
-    (Bug::LateAnswer, 120),
+    (Bug::LateAnswer, 400),
     (Bug::NewPeerIsOld, 400),
     (Bug::BootReportedOnce, 400),
     (Bug::RevokeEarly, 120),
