@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use unibody_dataplane::memory::Arena;
 use unibody_dataplane::reactor::mailbox::{Waker, mailbox};
-use unibody_dataplane::reactor::{Event, EventFd, Idle, IdlePolicy, Kind, Ring, RingFull, Tag};
+use unibody_dataplane::reactor::{Event, EventFd, Kind, Ring, RingFull, Tag};
 
 const LONG: Option<Duration> = Some(Duration::from_secs(20));
 
@@ -206,7 +206,6 @@ fn no_wake_up_is_lost() {
         };
         ring.watch(waker.fd(), wake).unwrap();
         let mut next = [0; SENDERS as usize];
-        let mut policy = IdlePolicy::new(Duration::ZERO);
         let mut batch = Vec::new();
         let mut sleeps = 0;
         while received.load(Ordering::Relaxed) < SENDERS * MESSAGES {
@@ -218,7 +217,7 @@ fn no_wake_up_is_lost() {
                 received.fetch_add(1, Ordering::Relaxed);
                 worked = true;
             }
-            if policy.turn(worked, false, Instant::now) == Idle::Spin {
+            if worked {
                 continue;
             }
             waker.arm();

@@ -16,7 +16,7 @@ pub mod pin;
 pub mod ring;
 
 pub use eventfd::EventFd;
-pub use idle::{Idle, IdlePolicy};
+pub use idle::{Idle, IdlePolicy, Prospect};
 pub use ring::{Event, Kind, Ring, RingFull, RingStats, Tag};
 
 /// What [`bell`] is built on; its loom test puts loom's in their place.

@@ -33,7 +33,7 @@ use crate::plane::{
 };
 use crate::reactor::crowd::Crowd;
 use crate::reactor::mailbox::{Receiver, Sender, Waker};
-use crate::reactor::{self, Idle, IdlePolicy, Ring};
+use crate::reactor::{self, Idle, IdlePolicy, Prospect, Ring};
 use crate::replica::{ChunkRef, Header, Reply, Request};
 use crate::store::{self, Store};
 
@@ -335,8 +335,10 @@ impl Shard {
             };
             // Looking at the clock takes as long as looking for work: most idle turns do only the latter.
             let blind = !self.idle_turns.is_multiple_of(IDLE_BLIND);
-            let shared = self.crowd.is_shared();
-            if !blind && idle.turn(worked, shared, Instant::now) == Idle::Sleep && self.may_sleep() {
+            if !blind
+                && idle.turn(worked, || self.prospect(), Instant::now) == Idle::Sleep
+                && self.may_sleep()
+            {
                 self.sleep();
             }
         }
@@ -468,6 +470,21 @@ impl Shard {
             })
     }
 
+    /// Requests that a disk or a peer is to answer.
+    fn has_in_hand(&self) -> bool {
+        self.ops.active() > 0 || self.served().any(|served| !served.store.idle())
+    }
+
+    fn prospect(&self) -> Prospect {
+        if self.crowd.is_shared() {
+            Prospect::Shared
+        } else if self.has_in_hand() {
+            Prospect::InHand
+        } else {
+            Prospect::Nothing
+        }
+    }
+
     /// Nothing is in hand that would not announce itself by the ring or the bell.
     fn may_sleep(&self) -> bool {
         !self.deaf
@@ -490,8 +507,7 @@ impl Shard {
         }
         self.stats.sleeps += 1;
         self.now = self.started.elapsed().as_millis() as u64;
-        let busy = self.ops.active() > 0 || self.served().any(|served| !served.store.idle());
-        let wait = if busy { TICK } else { TICK_IDLE };
+        let wait = if self.has_in_hand() { TICK } else { TICK_IDLE };
         if let Err(error) = self.ring.wait(Some(wait)) {
             panic!("io_uring has failed: {error}");
         }
