@@ -28,9 +28,24 @@ impl Node {
                 .map(|thread| thread.join().expect("opening a disk does not panic"))
                 .collect()
         });
+        let there: Vec<DiskUuid> = opened.iter().flatten().map(|opened| opened.uuid).collect();
+        let known = &self.control.state().disks;
+        let missing = known
+            .iter()
+            .any(|(disk, record)| !record.out && !there.contains(&disk.0));
         for (number, opened) in opened.into_iter().enumerate() {
             let index = self.disks[number].index;
-            self.bring_up(index, opened?)?;
+            match opened {
+                Ok(opened) => self.bring_up(index, opened)?,
+                // A disk that the state knows is not there: it may be this one, and its mirrors do without it. It is tried again.
+                Err(error) if missing && !there.is_empty() => {
+                    let why = chain(&NodeError::from(error));
+                    self.notices
+                        .push(format!("the node starts without a disk: {why}"));
+                    self.disk_mut(index).failed(why, Instant::now());
+                }
+                Err(error) => return Err(error.into()),
+            }
         }
         Ok(())
     }

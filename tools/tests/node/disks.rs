@@ -315,3 +315,36 @@ fn under_another_state_nothing_on_the_disks_is_touched() {
     runs(&["bench", &socket, "--verify-only", "--bs", "4K", "--size", "16M"]);
     assert_eq!(node.terminate(), Some(0));
 }
+
+#[test]
+fn a_node_starts_without_a_disk_that_died_and_takes_it_back() {
+    let place = Place::new();
+    let (a, b) = (place.disk("a.img", "256M"), place.disk("b.img", "256M"));
+    let (state, volume) = (place.str("state"), place.volume("v", "size=64M,mirror=2"));
+    let flags = ["--disk", &a, "--disk", &b, "--state", &state, "--volume", &volume];
+    let socket = place.str("v.sock");
+    let node = Node::start(&flags);
+    runs(&["bench", &socket, "--fill", "--bs", "64K", "--size", "16M"]);
+    assert_eq!(node.terminate(), Some(0));
+
+    let away = place.str("away.img");
+    std::fs::rename(&b, &away).unwrap();
+    let node = Node::start(&flags);
+    runs(&["bench", &socket, "--verify-only", "--bs", "4K", "--size", "16M"]);
+    let second = ["--bs", "64K", "--size", "16M", "--seed", "2"];
+    runs(&[&["bench", &socket, "--fill"], &second[..]].concat());
+    let status = node.status();
+    assert_eq!(status["volumes"][0]["state"], "degraded", "{status}");
+    assert_eq!(status["disks"][1]["state"], "failed", "{status}");
+    std::fs::rename(&away, &b).unwrap();
+    node.wait("redundancy is back", |status| {
+        status["volumes"][0]["state"] == "healthy"
+    });
+    runs(&[&["bench", &socket, "--verify-only"], &second[..]].concat());
+    assert_eq!(node.terminate(), Some(0));
+
+    // Nothing that the state knows of is missing: a typing error.
+    let wrong = place.str("c.img");
+    let said = fails(&[&["serve", "--disk", &wrong], &flags[..]].concat());
+    assert!(said.contains("c.img"), "{said}");
+}
