@@ -138,6 +138,8 @@ pub struct ReactorStats {
     pub queues_polled: u64,
     /// Guest queues that wait for a kick.
     pub queues_idle: u64,
+    /// Large buffers (64 KiB) that requests in hand have now. What a hung disk still holds of ended ones is not counted.
+    pub buffers_lent: u64,
 }
 
 /// One end of a link.

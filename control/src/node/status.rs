@@ -195,6 +195,7 @@ pub(crate) fn reactor_status(shard: &ShardStatus) -> ReactorStatus {
         ("waits", r.waits),
         ("queues_polled", r.queues_polled),
         ("queues_idle", r.queues_idle),
+        ("buffers_lent", r.buffers_lent),
     ];
     ReactorStatus {
         core: r.core,

@@ -251,6 +251,12 @@ impl Shard {
         let mut reactor = self.stats;
         reactor.enters = self.ring.stats().enters;
         (reactor.queues_polled, reactor.queues_idle) = self.queues.counts();
+        reactor.buffers_lent = self
+            .volumes
+            .iter()
+            .flatten()
+            .map(|volume| u64::from(volume.large))
+            .sum();
         ShardStatus {
             links: self.links.status(),
             reactor,

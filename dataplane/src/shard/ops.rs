@@ -539,6 +539,9 @@ impl Shard {
                 self.ops.behind.push(None);
                 self.ops.behind.len() as u32 - 1
             });
+            // The volume's share is for what it still has to do: it would wait for the late disk after all.
+            volume.large -= self.buffers.large(&lent);
+            self.ops.given = true;
             self.ops.behind[place as usize] = Some(lent);
             volume.names.op[op.name.0 as usize] = BEHIND | place;
             volume.names.in_hand += 1;
@@ -557,6 +560,7 @@ impl Shard {
         self.ops.behind_free.push(place);
         self.buffers
             .give(lent.expect("memory left behind is released once"));
+        self.ops.given = true;
         if let Some(volume) = &mut self.volumes[usize::from(volume.0)] {
             volume.names.in_hand -= 1;
         }
