@@ -205,8 +205,8 @@ pub(super) async fn attach_volume(
             Some(owner) if !asked => {
                 let volume = name.clone();
                 let let_go = LocalRequest::LetGo { volume, to: Some(to) };
-                api.ask(state, owner, let_go).await.map_err(conflict)?;
-                asked = true;
+                // An owner that does not have it yet is asked again.
+                asked = api.ask(state, owner, let_go).await.map_err(conflict)? == true;
             }
             Some(_) => {}
             None => {

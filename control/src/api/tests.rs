@@ -334,6 +334,15 @@ fn a_disk_that_can_not_be_used_is_not_kept_and_another_is() {
     });
 }
 
+/// The state may name an owner that has not heard of it: whoever asks it to let the volume go asks again.
+#[test]
+fn a_node_says_whether_it_has_a_volume_to_let_go() {
+    let node = Node::start();
+    let let_go = json!({ "command": "let-go", "volume": "v", "to": null });
+    let answer = node.send("POST", "/v1/nodes/n1/command", &let_go);
+    assert_eq!(answer, (200, json!(false)));
+}
+
 #[test]
 fn a_vm_runs_until_it_is_stopped() {
     let node = Node::start();

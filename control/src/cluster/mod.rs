@@ -136,7 +136,7 @@ pub enum LocalRequest {
         /// The fault.
         fault: Fault,
     },
-    /// Let a volume go, to another node or to whoever wants it.
+    /// Let a volume go, to another node or to whoever wants it. Answers whether the node has it: its owner may not have heard yet.
     LetGo {
         /// The volume.
         volume: String,
@@ -498,7 +498,7 @@ impl Agent {
             LocalRequest::LetGo { volume, to } => self
                 .volumes
                 .let_go(&self.ground, &volume, to)
-                .map(done)
+                .map(serde_json::Value::from)
                 .map_err(wrong),
         }
     }

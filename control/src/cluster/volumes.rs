@@ -325,16 +325,16 @@ impl Volumes {
         }
     }
 
-    /// Lets a volume go, as an operator or another node asked.
+    /// Lets a volume go, as an operator or another node asked; false if it is not here.
     pub(crate) fn let_go(
         &mut self,
         ground: &Ground,
         name: &str,
         to: Option<NodeId>,
-    ) -> Result<(), AgentError> {
-        let held = self
-            .find(name)
-            .ok_or_else(|| AgentError::Wrong(format!("volume {name} is not attached to this node")))?;
+    ) -> Result<bool, AgentError> {
+        let Some(held) = self.find(name) else {
+            return Ok(false);
+        };
         if held.export.as_ref().is_some_and(Export::connected) {
             return Err(AgentError::Wrong(format!(
                 "volume {name} is in use by a VM here: stop that first"
@@ -342,7 +342,7 @@ impl Volumes {
         }
         let index = held.index;
         self.end(ground, index, to.map_or(After::Release, After::HandOver));
-        Ok(())
+        Ok(true)
     }
 
     pub(crate) fn let_all_go(&mut self, ground: &Ground) {
