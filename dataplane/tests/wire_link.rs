@@ -168,7 +168,7 @@ fn damaged_data_ends_the_connection_or_is_a_bad_block() {
         raw: false,
         data,
     };
-    world.asker.ask(1 << 40, 0, 0, HEADER, request);
+    world.asker.ask(1 << 40, 0, (0, 1), HEADER, request);
     world.carry(1 << 20);
     let (_, job) = world.jobs.pop_front().unwrap();
     let Request::Read { data, .. } = job.request else {
@@ -238,7 +238,7 @@ fn a_long_sealing_arrives_whole() {
     let mut world = World::new();
     world.connect();
     world.carry(1 << 20);
-    assert!(world.asker.ask(7, 0, 0, HEADER, Request::Seal));
+    assert!(world.asker.ask(7, 0, (0, 1), HEADER, Request::Seal));
     world.carry(1 << 20);
     let (_, job) = world.jobs.pop_front().unwrap();
     assert_eq!(job.request, Request::Seal);
@@ -266,7 +266,7 @@ fn a_long_sealing_arrives_whole() {
     }
     assert_eq!(world.effects, [Effect::Answer { tag: 7, reply }]);
     // More than a frame may hold is refused instead.
-    assert!(world.asker.ask(8, 0, 0, HEADER, Request::Seal));
+    assert!(world.asker.ask(8, 0, (0, 1), HEADER, Request::Seal));
     world.effects.clear();
     let all = bytes(world.asker.gather(&mut world.effects).unwrap());
     world.asker.sent(all.len(), &mut world.effects);
@@ -364,10 +364,48 @@ fn what_is_asked_of_a_disk_that_is_ending_ends_with_it() {
     world.to_server.extend(&all);
     world.settle();
     assert_eq!(world.asker.counts().late, 1);
-    assert!(world.asker.disks().any(|notice| notice.uuid == DiskUuid(1)));
+    assert!(world.asker.disks().any(|(notice, _)| notice.uuid == DiskUuid(1)));
     for block in [0, 1] {
         world.want(0, block, 1, 0);
     }
     world.settle();
     assert_eq!(world.asker.counts().mismatches, 0);
+}
+
+/// A disk goes and comes, and its owner asks once more before it has heard of it: the request would outlive what ends now, in
+/// memory that its owner takes back, and reach a boot that was told nothing.
+#[test]
+fn who_has_not_heard_that_a_disk_went_and_came_is_refused() {
+    for another_process in [false, true] {
+        let mut world = World::new();
+        world.connect();
+        world.carry(1 << 20);
+        world.want(0, 0, 1, 7);
+        world.settle();
+        if another_process {
+            world.cut();
+            world.asker.lose(&mut world.effects);
+            world.connect();
+        }
+        world.server.offer(0, None);
+        world.server.offer(0, Some(offer(0, 2)));
+        let mut batch: VecDeque<u8> = bytes(world.server.gather().unwrap()).into();
+        let (ptr, room) = world.asker.room();
+        let now = put(&mut batch, ptr, room);
+        world.asker.received(now, &mut world.effects).unwrap();
+        assert!(matches!(world.effects[0], Effect::Down(uuid) if uuid == DiskUuid(1)));
+        let pending = world.asker.pending();
+        world.want(0, 0, 1, 0);
+        assert!(
+            world.wants.is_empty(),
+            "asked of a disk that its owner never sealed"
+        );
+        assert_eq!(world.asker.pending(), pending);
+        // Now it has heard.
+        let sent: usize = world.server.gather().map_or(0, |batch| bytes(batch).len());
+        assert!(world.server.sent(sent));
+        world.take();
+        world.want(0, 0, 1, 0);
+        assert_eq!(world.wants.len(), 1);
+    }
 }

@@ -140,10 +140,11 @@ impl Links {
             let End::Asker(asker) = &there.as_ref()?.end else {
                 return None;
             };
-            let notice = asker.disks().find(|notice| notice.uuid == uuid)?;
+            let (notice, stay) = asker.disks().find(|(notice, _)| notice.uuid == uuid)?;
             Some(Route::Far {
                 link: link as u16,
                 disk: notice.disk,
+                stay,
             })
         })
     }
@@ -419,7 +420,7 @@ impl Shard {
         &mut self,
         tag: u64,
         volume: VolumeIndex,
-        (link, disk): (u16, u16),
+        (link, disk, stay): (u16, u16, u32),
         header: crate::replica::Header,
         request: crate::replica::Request,
     ) -> bool {
@@ -430,7 +431,7 @@ impl Shard {
         else {
             return false;
         };
-        asker.ask(tag, u32::from(volume.0), disk, header, request)
+        asker.ask(tag, u32::from(volume.0), (disk, stay), header, request)
     }
 
     /// Nobody wants the answers of a far disk to a volume any more.
@@ -579,7 +580,9 @@ impl Shard {
                         });
                     }
                     asker::Effect::Abandoned { group, disk } if group == u32::from(index.0) => {
-                        self.far_down(index, |route, _| route == Route::Far { link, disk });
+                        self.far_down(index, |route, _| {
+                            matches!(route, Route::Far { link: l, disk: d, .. } if (l, d) == (link, disk))
+                        });
                     }
                     asker::Effect::Abandoned { .. } | asker::Effect::Answer { .. } => {}
                 }

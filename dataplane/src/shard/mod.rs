@@ -124,8 +124,8 @@ impl Address {
 enum Route {
     /// A disk of this node.
     Near(DiskIndex),
-    /// A disk of the node at the other end of a link, by that node's number for it.
-    Far { link: u16, disk: u16 },
+    /// A disk of the node at the other end of a link, by that node's number for it, in one stay.
+    Far { link: u16, disk: u16, stay: u32 },
 }
 
 /// A store with its device, on its own reactor.

@@ -179,7 +179,7 @@ impl Shard {
             .expect("the volume that speaks");
         match volume.routes.get(usize::from(disk.0)).copied().flatten() {
             Some(Route::Near(disk)) => self.tell(Event::Silent(disk)),
-            Some(Route::Far { link, disk }) => self.abandon_far(index, link, disk),
+            Some(Route::Far { link, disk, .. }) => self.abandon_far(index, link, disk),
             None => {}
         }
     }
@@ -233,8 +233,8 @@ impl Shard {
             .expect("the volume that sends");
         match volume.routes.get(usize::from(disk.0)).copied().flatten() {
             Some(Route::Near(disk)) => self.route(tag, disk, header, request),
-            Some(Route::Far { link, disk }) => {
-                if !self.ask_far(tag, index, (link, disk), *header, *request) {
+            Some(Route::Far { link, disk, stay }) => {
+                if !self.ask_far(tag, index, (link, disk, stay), *header, *request) {
                     self.reply(tag, Reply::Refused(Status::DiskFailed));
                 }
             }

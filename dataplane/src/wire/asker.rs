@@ -9,6 +9,7 @@
 //! * The memory of a request is read while its batch is being sent and written by [`Asker::received`], at no other time. Before
 //!   [`Effect::Down`] or [`Effect::Abandoned`] comes, both have ended for the requests concerned.
 //! * A block that was read is handed on as good only if it matches the checksum that came from the disk with it.
+//! * Nothing is asked of a disk in a later stay than the asker meant: what it would be told to let go of is not here.
 //! * An answer that fits no request ends the connection; one that came too late is passed over and counted.
 //!
 //! Deliberately absent: sockets, clocks, the decision when a peer is lost (the driver's: [`Asker::lose`]), retries of what was
@@ -69,6 +70,8 @@ struct FarDisk {
     notice: Option<Notice>,
     /// What it will be as soon as what it was has ended.
     next: Option<Notice>,
+    /// Counts how often it came up. Who asks says which time is meant: it may not have heard yet that it went and came.
+    stay: u32,
     /// Told of over this connection.
     fresh: bool,
     waiting: VecDeque<u32>,
@@ -77,6 +80,13 @@ struct FarDisk {
     cancelled: u32,
     /// In `round`.
     listed: bool,
+}
+
+impl FarDisk {
+    fn come_up(&mut self, notice: Notice) {
+        self.notice = Some(notice);
+        self.stay = self.stay.wrapping_add(1);
+    }
 }
 
 /// What the driver is to do or know.
@@ -162,13 +172,14 @@ impl Asker {
         self.counts
     }
 
-    /// The disks of the peer that can be asked now: told of, on an open connection, and nothing abandoned is still with them.
-    pub fn disks(&self) -> impl Iterator<Item = &Notice> {
+    /// The disks of the peer that can be asked now, each with its stay for [`Asker::ask`]: told of, on an open connection,
+    /// and nothing abandoned is still with them.
+    pub fn disks(&self) -> impl Iterator<Item = (&Notice, u32)> {
         let open = self.welcome;
         self.disks
             .iter()
             .filter(move |disk| open && disk.cancelled == 0)
-            .filter_map(|disk| disk.notice.as_ref())
+            .filter_map(|disk| Some((disk.notice.as_ref()?, disk.stay)))
     }
 
     /// Requests that are not answered yet.
@@ -176,11 +187,20 @@ impl Asker {
         self.asked.len() - self.free.len()
     }
 
-    /// Asks. `group` is what [`Asker::abandon`] goes by. False: the disk is down, there will be no answer.
+    /// Asks. `disk` is the peer's number of it and its stay, `group` what [`Asker::abandon`] goes by. False: the disk is
+    /// down, or was down since and has come back; there will be no answer.
     ///
     /// The request's memory stays its asker's until the answer (or the effect that says that there will be none).
-    pub fn ask(&mut self, tag: u64, group: u32, disk: u16, header: Header, request: Request) -> bool {
-        if self.disks[usize::from(disk)].notice.is_none() {
+    pub fn ask(
+        &mut self,
+        tag: u64,
+        group: u32,
+        (disk, stay): (u16, u32),
+        header: Header,
+        request: Request,
+    ) -> bool {
+        let far = &self.disks[usize::from(disk)];
+        if far.notice.is_none() || far.stay != stay {
             self.counts.refused += 1;
             return false;
         }
@@ -364,7 +384,7 @@ impl Asker {
                         out.push(Effect::Down(notice.uuid));
                     }
                     if let Some(next) = far.next.take() {
-                        far.notice = Some(next);
+                        far.come_up(next);
                         if self.welcome {
                             out.push(Effect::Up(next));
                         }
@@ -611,7 +631,7 @@ impl Asker {
                 self.down(notice.disk, out);
             }
             None => {
-                far.notice = Some(notice);
+                far.come_up(notice);
                 if self.welcome {
                     out.push(Effect::Up(notice));
                 }

@@ -197,6 +197,9 @@ fn ask(data: &[u8]) -> usize {
         for effect in effects.drain(..) {
             answers += usize::from(matches!(effect, Effect::Answer { .. }));
             let Effect::Up(notice) = effect else { continue };
+            // It may have gone again in the same breath.
+            let known = asker.disks().find(|(known, _)| known.disk == notice.disk);
+            let stay = known.map_or(0, |(_, stay)| stay);
             let header = Head::new(super::frame::Kind::Flush).header();
             let key = ChunkKey {
                 volume: header.volume,
@@ -224,7 +227,7 @@ fn ask(data: &[u8]) -> usize {
             };
             for request in [Request::Flush, read, Request::Seal, digest] {
                 tag += 1;
-                asker.ask(tag, 0, notice.disk, header, request);
+                asker.ask(tag, 0, (notice.disk, stay), header, request);
             }
         }
         while let Some(bytes) = asker.gather(&mut effects).map(|batch| sum(batch)) {

@@ -71,6 +71,8 @@ pub(crate) struct World {
     pub(crate) server: Server,
     pub(crate) memory: Arena,
     pub(crate) free: Vec<usize>,
+    /// The stay of each disk of which the owner has heard.
+    pub(crate) stays: [u32; DISKS as usize],
     /// By tag.
     pub(crate) wants: BTreeMap<u64, Want>,
     pub(crate) next_tag: u64,
@@ -101,6 +103,7 @@ impl World {
             server,
             memory: Arena::new(MEMORIES * 16).unwrap(),
             free: (0..MEMORIES).collect(),
+            stays: [0; DISKS as usize],
             wants: BTreeMap::new(),
             next_tag: 0,
             disks: Default::default(),
@@ -168,7 +171,11 @@ impl World {
                 data,
             }
         };
-        if self.asker.ask(tag, u32::from(disk), disk, HEADER, request) {
+        let stay = self.stays[usize::from(disk)];
+        if self
+            .asker
+            .ask(tag, u32::from(disk), (disk, stay), HEADER, request)
+        {
             self.next_tag += 1;
             self.free.remove(0);
             let want = Want {
@@ -179,6 +186,8 @@ impl World {
                 memory,
             };
             self.wants.insert(tag, want);
+        } else {
+            self.memory.bytes_mut(memory * 16, 16).fill(0xaa);
         }
     }
 
@@ -232,6 +241,9 @@ impl World {
                 Effect::Down(uuid) => self.forget(uuid.0 as u16 - 1),
                 Effect::Up(_) => {}
             }
+        }
+        for (notice, stay) in self.asker.disks() {
+            self.stays[usize::from(notice.disk)] = stay;
         }
         for memory in self.free.iter().filter(|_| self.answers > 0) {
             let room = self.memory.bytes(memory * 16, 16);
@@ -348,7 +360,9 @@ impl World {
                 raw: false,
                 data,
             };
-            assert!(self.asker.ask(1 << 50 | n, 0, (n % 2) as u16, HEADER, request));
+            let disk = (n % 2) as u16;
+            let far = (disk, self.stays[usize::from(disk)]);
+            assert!(self.asker.ask(1 << 50 | n, 0, far, HEADER, request));
         }
         for _ in 0..20 {
             self.carry(1 << 20);
