@@ -409,3 +409,25 @@ fn who_has_not_heard_that_a_disk_went_and_came_is_refused() {
         assert_eq!(world.wants.len(), 1);
     }
 }
+
+/// The same where the request waited for one of an earlier connection.
+#[test]
+fn a_held_request_is_not_for_a_disk_that_was_opened_anew() {
+    let mut world = World::new();
+    world.connect();
+    world.carry(1 << 20);
+    world.want(0, 0, 1, 7);
+    world.carry(1 << 20);
+    assert_eq!(world.jobs.len(), 1);
+    world.cut();
+    world.connect();
+    for _ in 0..3 {
+        world.carry(1 << 20);
+    }
+    assert_eq!(world.jobs.len(), 1, "the same again waits for the first");
+    world.server.offer(0, None);
+    world.server.offer(0, Some(offer(0, 2)));
+    world.work(0);
+    assert!(world.jobs.is_empty());
+    assert_eq!(world.server.counts().refused, 1);
+}

@@ -55,6 +55,8 @@ struct Slot {
     session: u32,
     tag: u32,
     disk: u16,
+    /// Which opening of the disk is meant.
+    turn: u32,
     header: Header,
     request: Request,
     reply: Option<Reply>,
@@ -124,6 +126,7 @@ impl Server {
             session: 0,
             tag: 0,
             disk: 0,
+            turn: 0,
             header: Head::new(Kind::Flush).header(),
             request: Request::Flush,
             reply: None,
@@ -263,7 +266,7 @@ impl Server {
         let n = self.free.pop().ok_or(FrameError::Value)?;
         let slot = &mut self.slots[usize::from(n)];
         (slot.state, slot.session, slot.tag, slot.disk) = (State::Coming, self.session, head.tag, head.disk);
-        slot.header = head.header();
+        (slot.turn, slot.header) = (head.turn, head.header());
         self.coming = Some(n);
         Ok(())
     }
@@ -303,12 +306,7 @@ impl Server {
         let n = self.coming.take().expect("a header came before");
         let slot = &mut self.slots[usize::from(n)];
         let disk = usize::from(slot.disk);
-        if self.offers[disk].is_none() || self.turns[disk] != self.incoming.head().turn {
-            self.counts.refused += 1;
-            slot.state = State::Answered;
-            slot.reply = Some(Reply::Refused(Status::DiskFailed));
-            self.answered.push_back(n);
-        } else if self.old[disk] > 0 {
+        if self.old[disk] > 0 {
             slot.state = State::Held;
             self.held.push_back(n);
         } else {
@@ -316,8 +314,17 @@ impl Server {
         }
     }
 
+    /// A disk gets the request, if it is still the one that is meant.
     fn work(&mut self, n: u16, out: &mut Vec<Job>) {
         let slot = &mut self.slots[usize::from(n)];
+        let disk = usize::from(slot.disk);
+        if self.offers[disk].is_none() || self.turns[disk] != slot.turn {
+            self.counts.refused += 1;
+            slot.state = State::Answered;
+            slot.reply = Some(Reply::Refused(Status::DiskFailed));
+            self.answered.push_back(n);
+            return;
+        }
         slot.state = State::Working;
         out.push(Job {
             slot: n,
