@@ -18,6 +18,7 @@ use crate::replica::{ChunkRef, Request, Sealed};
 
 use super::disks::Purpose;
 use super::ops::Stage;
+use super::sync::slots;
 use super::{Effect, Mirror, MirrorStatus, Phase};
 
 /// Why a replica is not trusted.
@@ -172,6 +173,11 @@ impl Chunk {
     #[inline]
     pub(super) fn readable(&self) -> u8 {
         self.in_sync & !self.lost
+    }
+
+    /// Nobody is left who may have what these slots could not give: one that is in sync and lost for the moment may.
+    pub(super) fn all_asked(&self, tried: u8) -> bool {
+        tried != 0 && self.readable() != 0 && self.in_sync & !tried == 0
     }
 
     /// The slot of the last in-sync replica of a chunk that ought to have more.
@@ -487,12 +493,11 @@ impl Mirror {
             if self.pieces.is_used(p) {
                 if self.pieces[p].stage == Stage::Flushing {
                     let disk = self.pieces[p].flush_disk;
-                    let c = self.pieces[p].chunk;
-                    let lost = self.chunks[c as usize]
-                        .slots
-                        .iter()
-                        .any(|slot| slot.used && slot.disk == disk && slot.lost != Lost::No);
-                    if lost {
+                    let chunk = &self.chunks[self.pieces[p].chunk as usize];
+                    let there =
+                        slots(chunk.readable()).any(|slot| chunk.slots[usize::from(slot)].disk == disk);
+                    // It may be lost, or it was replaced: nobody waits for its flush then.
+                    if !there {
                         self.flush_wait.retain(|&q| q != p);
                         self.unwritten(p);
                     }

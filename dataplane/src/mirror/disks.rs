@@ -263,10 +263,13 @@ impl Mirror {
             return;
         }
         let disk = &mut self.disks[d];
-        if disk.boot != sealed.boot {
-            // What it had answered and not flushed may be gone with the boot; ask for a flush in any case.
-            self.seq += 1;
-            disk.last_write = self.seq;
+        // What it had answered and not flushed may be gone with its boot, and with the same one it may have done what it
+        // could not answer any more: it is asked for a flush in any case.
+        self.seq += 1;
+        disk.last_write = self.seq;
+        if self.phase == Phase::Serving {
+            // And soon, so that nothing counts as unflushed for long.
+            self.unstable_since.get_or_insert(self.now);
         }
         (disk.sealed, disk.boot, disk.power, disk.suspect) =
             (true, sealed.boot, sealed.power, sealed.suspect);
@@ -423,7 +426,7 @@ impl Mirror {
             } else if self.oldest == NIL {
                 Version::new(self.config.generation, self.counter)
             } else {
-                Version(self.pieces[self.oldest].version.0 - 1)
+                Version(self.pieces[self.oldest].since.0 - 1)
             };
             self.candidate = Some((self.seq, version));
             self.unstable = 0;

@@ -85,6 +85,8 @@ pub(super) struct Piece {
     /// Goes back to the queue once nothing is out.
     pub(super) again: bool,
     pub(super) version: Version,
+    /// The first version it was sent with: as long as it is under way some replica may have that one alone.
+    pub(super) since: Version,
     crcs: Crcs,
     /// Bytes of the operation's payload before this piece.
     skip: u32,
@@ -128,6 +130,7 @@ impl Default for Piece {
             lost: 0,
             again: false,
             version: Version::ZERO,
+            since: Version::ZERO,
             crcs: [0; 16],
             skip: 0,
             want: 0,
@@ -375,17 +378,8 @@ impl Mirror {
             return;
         }
         if self.pieces[p].version == Version::ZERO {
-            let version = self.next_version(out);
-            let newest = self.newest;
-            let piece = &mut self.pieces[p];
-            piece.version = version;
-            (piece.older, piece.newer) = (newest, NIL);
-            if newest == NIL {
-                self.oldest = p;
-            } else {
-                self.pieces[newest].newer = p;
-            }
-            self.newest = p;
+            self.pieces[p].version = self.next_version(out);
+            self.list(p);
         }
         let data = self.piece_data(p);
         let mut left = slots;
@@ -441,7 +435,6 @@ impl Mirror {
             // Only to lost disks is anything out; the piece is done over once its chunk is ready again.
             (piece.again, piece.need, piece.acked, piece.no_space) = (false, 0, 0, 0);
             self.unlist(p);
-            self.pieces[p].version = Version::ZERO;
             self.step_back(p);
             self.look_region(c, region);
             return;
@@ -476,9 +469,8 @@ impl Mirror {
         if missing != 0 {
             // A replica is back: all get the write anew. Under its old version it could follow a newer write to other
             // blocks of the extent, and the versions of the replicas would part.
-            (piece.acked, piece.no_space) = (0, 0);
-            self.unlist(p);
-            self.pieces[p].version = Version::ZERO;
+            // Its place among those under way it keeps: what has only its old version must stay dirty.
+            (piece.acked, piece.no_space, piece.version) = (0, 0, Version::ZERO);
             self.send_write(p, out);
         }
     }
@@ -522,8 +514,8 @@ impl Mirror {
             candidates |= self.chunks[c as usize].reachable & !tried;
         }
         let Some(slot) = self.least_loaded(c, candidates) else {
-            if tried != 0 && self.chunks[c as usize].readable() != 0 {
-                self.read_failed(p, out);
+            if self.chunks[c as usize].all_asked(tried) {
+                self.finish(p, Some(OpError::Io), out);
             }
             // Else it waits for a replica, or for the operation's time to run out.
             return;
@@ -673,10 +665,6 @@ impl Mirror {
         block_mask(first as u8, count as u8)
     }
 
-    fn read_failed(&mut self, p: u32, out: &mut Vec<Effect>) {
-        self.finish(p, Some(OpError::Io), out);
-    }
-
     fn check_region(&mut self, p: u32) {
         let (c, region) = self.place(p);
         self.chunks[c as usize].check |= 1 << region;
@@ -777,7 +765,7 @@ impl Mirror {
         let (c, tried) = (self.pieces[p].chunk, self.pieces[p].tried);
         let readable = self.chunks[c as usize].readable();
         let Some(slot) = self.least_loaded(c, readable & !tried) else {
-            if tried != 0 && readable != 0 {
+            if self.chunks[c as usize].all_asked(tried) {
                 self.give_edges(p, out);
                 self.finish(p, Some(OpError::Io), out);
             }
@@ -959,11 +947,29 @@ impl Mirror {
         self.slot_refused(c, slot, incarnation, status, out);
     }
 
-    fn unlist(&mut self, p: u32) {
-        if self.pieces[p].version == Version::ZERO {
+    /// Adds a write to those under way, unless it is there.
+    fn list(&mut self, p: u32) {
+        let newest = self.newest;
+        let piece = &mut self.pieces[p];
+        if piece.since != Version::ZERO {
             return;
         }
-        let (older, newer) = (self.pieces[p].older, self.pieces[p].newer);
+        (piece.since, piece.older, piece.newer) = (piece.version, newest, NIL);
+        if newest == NIL {
+            self.oldest = p;
+        } else {
+            self.pieces[newest].newer = p;
+        }
+        self.newest = p;
+    }
+
+    fn unlist(&mut self, p: u32) {
+        let piece = &mut self.pieces[p];
+        if piece.since == Version::ZERO {
+            return;
+        }
+        (piece.version, piece.since) = (Version::ZERO, Version::ZERO);
+        let (older, newer) = (piece.older, piece.newer);
         if older == NIL {
             self.oldest = newer;
         } else {

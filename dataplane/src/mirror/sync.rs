@@ -155,10 +155,15 @@ impl Mirror {
     }
 
     fn pick(&mut self) -> Option<(u32, u8, bool)> {
-        while let Some((c, region)) = self.first.pop_front() {
+        for _ in 0..self.first.len() {
+            let (c, region) = self.first.pop_front().expect("counted");
             let chunk = &self.chunks[c as usize];
-            if self.may_sync(c) && chunk.unsettled & !chunk.locked & 1 << region != 0 {
+            let wanted = chunk.unsettled & !chunk.locked & 1 << region != 0;
+            if wanted && self.may_sync(c) {
                 return Some((c, region, chunk.check >> region & 1 != 0));
+            } else if wanted {
+                // Somebody waits for it still, and says so only once.
+                self.first.push_back((c, region));
             }
         }
         if self.phase == Phase::Draining {
@@ -597,14 +602,13 @@ impl Mirror {
     /// The digests are equal.
     fn finish_region(&mut self, t: usize, out: &mut Vec<Effect>) {
         let task = &self.tasks[t];
-        let (c, members) = (task.chunk, task.members);
+        let members = task.members;
         if task.in_doubt == 0 && !task.installed && !task.mended {
             return self.equal(t, out);
         }
         self.tasks[t].stage = Stage::Flushing;
         let covers = self.seq;
         for slot in slots(members) {
-            debug_assert!(usize::from(slot) < self.chunks[c as usize].slots.len());
             self.send_step(t, Step::Flush { slot, covers }, slot, Request::Flush, out);
         }
     }
@@ -691,6 +695,6 @@ impl Mirror {
 }
 
 /// The slots of a mask.
-fn slots(mask: u8) -> impl Iterator<Item = u8> {
+pub(super) fn slots(mask: u8) -> impl Iterator<Item = u8> {
     (0..VIEWS_MAX as u8).filter(move |slot| mask >> slot & 1 != 0)
 }
