@@ -206,7 +206,7 @@ pub fn plan_chunks_near(
 /// otherwise. Chunks for which there is no place are left out.
 pub fn plan_moves(state: &State, volume: &str, from: DiskUuid, full: bool) -> Vec<(u32, DiskUuid)> {
     plan_places(state, volume, from, |volume, slots, old| {
-        let spare = !full && volume.has_spare(slots);
+        let spare = !full && state.is_spare(volume, slots, Disk(from));
         old.state != ReplicaState::InSync && (old.no_space || !full) && !spare
     })
 }

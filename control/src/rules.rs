@@ -616,9 +616,31 @@ fn copies_in_one_domain_count_once_when_a_replica_is_removed() {
     // The first and the fifth are in one domain: without the second, three copies would be in two.
     run(&mut state, Step::DiskLeave(1)).unwrap();
     let refused = run(&mut state, Step::Remove(0, 1, vec![0])).unwrap_err();
-    assert!(refused.to_string().contains("too few others"), "{refused}");
+    assert!(
+        refused.to_string().contains("too few failure domains"),
+        "{refused}"
+    );
     run(&mut state, Step::Remove(0, 0, vec![0])).unwrap();
     run(&mut state, Step::Add(0, 1, Some(5))).unwrap();
+}
+
+#[test]
+fn a_stale_replica_is_moved_where_without_it_two_would_share_a_domain() {
+    let mut state = with_copies(3);
+    let run = |state: &mut State, step: Step| {
+        let command = command(state, &step).unwrap();
+        state.apply(&command)
+    };
+    run(&mut state, Step::DiskLeave(0)).unwrap();
+    run(&mut state, Step::Add(0, 0, Some(4))).unwrap();
+    heal(&mut state);
+    run(&mut state, Step::DiskOut(1)).unwrap();
+    assert!(run(&mut state, Step::Remove(0, 1, vec![0])).is_err());
+    run(&mut state, Step::Move(0, 1, false)).unwrap();
+    heal(&mut state);
+    run(&mut state, Step::Remove(0, 0, vec![0])).unwrap();
+    assert_eq!(copies(&state, &state.volumes["v0"].chunks[0]), 3);
+    assert_eq!(state.volumes["v0"].chunks[0].len(), 3);
 }
 
 #[test]

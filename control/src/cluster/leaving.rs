@@ -85,7 +85,7 @@ fn empty(
 ) -> Vec<Command> {
     let mut commands = of_volumes(after, disk, |state, name, volume| {
         let chunks = chunks(volume, disk, |slots, slot| {
-            volume.has_spare(slots)
+            state.is_spare(volume, slots, disk)
                 && (slot.state != ReplicaState::InSync
                     || copies(state, slots, disk, life) >= volume.mirror as usize)
         });

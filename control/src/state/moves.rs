@@ -60,6 +60,14 @@ impl State {
         staying.all(|slot| domains.insert(self.domain_of(slot.disk)))
     }
 
+    /// Whether a chunk could do without its replica on a disk: what is left would be as many as are wanted, in as many domains.
+    /// Two on one domain do not count twice, or there would be no way to three copies again.
+    pub(crate) fn is_spare(&self, volume: &Volume, slots: &[Replica], disk: Disk) -> bool {
+        let others = slots.iter().filter(|slot| slot.disk != disk);
+        let domains: BTreeSet<_> = others.map(|slot| self.domain_of(slot.disk)).collect();
+        volume.has_spare(slots) && domains.len() >= volume.mirror as usize
+    }
+
     fn seen(&self, seen: Seen<'_>) -> Result<&Volume, Refused> {
         let volume = self.volume(seen.name)?;
         match (seen.generation, seen.config) == (volume.generation, volume.config) {
@@ -103,7 +111,7 @@ impl State {
             if old.state == ReplicaState::InSync {
                 return Err(refused(chunk, "the replica to be moved is in sync"));
             }
-            if volume.has_spare(slots) && self.leaves(from) {
+            if self.leaves(from) && self.is_spare(volume, slots, from) {
                 return Err(refused(chunk, "it has one replica more already"));
             }
             self.check_target(chunk, slots, from, target)?;
@@ -160,6 +168,9 @@ impl State {
             }
             if !volume.has_spare(slots) {
                 return Err(refused(chunk, "it has no replica more than it needs"));
+            }
+            if !self.is_spare(volume, slots, disk) {
+                return Err(refused(chunk, "the others are in too few failure domains"));
             }
             let others = slots
                 .iter()
