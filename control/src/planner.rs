@@ -5,7 +5,7 @@
 //! partners of a disk are spread over all others: when it is lost, all of them take part in healing. For a node that will
 //! use a volume, the first replica goes to its own disks as long as they are hardly fuller than all are on average.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use unibody_dataplane::ids::{CHUNK, DiskUuid};
 
@@ -243,8 +243,13 @@ fn plan_places(
             continue;
         }
         let others: Vec<_> = slots.iter().filter(|slot| slot.disk != Disk(from)).collect();
-        let staying = others.iter().filter(|slot| !state.leaves(slot.disk));
-        let taken: Vec<&str> = staying.filter_map(|slot| state.domain_of(slot.disk)).collect();
+        let all: BTreeSet<&str> = others
+            .iter()
+            .filter_map(|slot| state.domain_of(slot.disk))
+            .collect();
+        let counts = |slot: &&&Replica| !state.leaves(slot.disk) || all.len() < volume.mirror as usize;
+        let counted = others.iter().filter(counts);
+        let taken: Vec<&str> = counted.filter_map(|slot| state.domain_of(slot.disk)).collect();
         let is_free = |disk: &Disk| {
             state
                 .domain_of(*disk)

@@ -83,12 +83,19 @@ impl State {
         slots: &[Replica],
         from: Disk,
         target: DiskUuid,
+        mirror: u32,
     ) -> Result<(), Refused> {
         let Some(record) = self.usable(target) else {
             let why = "the new disk does not exist, was taken out or its node is being drained";
             return Err(refused(chunk, why));
         };
         let domain = Some(self.domain_of_record(record));
+        // Two that leave may not both be paired, or too few domains would be left to remove either.
+        let others = slots.iter().filter(|slot| slot.disk != from);
+        let domains: BTreeSet<_> = others.map(|slot| self.domain_of(slot.disk)).collect();
+        if domains.len() < mirror as usize && domains.contains(&domain) {
+            return Err(refused(chunk, "the copies would be in too few failure domains"));
+        }
         let clash = slots.iter().filter(|slot| slot.disk != from).any(|slot| {
             slot.disk == Disk(target) || !self.leaves(slot.disk) && self.domain_of(slot.disk) == domain
         });
@@ -114,7 +121,7 @@ impl State {
             if self.leaves(from) && self.is_spare(volume, slots, from) {
                 return Err(refused(chunk, "it has one replica more already"));
             }
-            self.check_target(chunk, slots, from, target)?;
+            self.check_target(chunk, slots, from, target, volume.mirror)?;
         }
         self.change(seen, |volume, incarnation| {
             for &(chunk, target) in to {
@@ -144,7 +151,7 @@ impl State {
             if volume.has_spare(slots) || !once.insert(chunk) {
                 return Err(refused(chunk, "it has one replica more already"));
             }
-            self.check_target(chunk, slots, from, target)?;
+            self.check_target(chunk, slots, from, target, volume.mirror)?;
         }
         self.change(seen, |volume, incarnation| {
             for &(chunk, target) in to {
