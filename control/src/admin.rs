@@ -161,9 +161,9 @@ pub struct VolumeStatus {
     #[serde(default)]
     #[schema(value_type = Option<String>)]
     pub socket: Option<PathBuf>,
-    /// `healthy`, `degraded`, `healing`, `unavailable` or `offline`.
+    /// `healthy`, `degraded`, `healing`, `moving` (all copies are there, some get another disk), `unavailable` or `offline`.
     pub state: String,
-    /// Replicas wanted.
+    /// Replicas placed: while some are moved more than wanted.
     pub replicas: u64,
     /// Of these, in sync.
     pub in_sync: u64,

@@ -5,11 +5,11 @@
 //! partners of a disk are spread over all others: when it is lost, all of them take part in healing. For a node that will
 //! use a volume, the first replica goes to its own disks as long as they are hardly fuller than all are on average.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use unibody_dataplane::ids::{CHUNK, DiskUuid};
 
-use crate::state::{Disk, NodeId, ReplicaState, State};
+use crate::state::{Disk, NodeId, Replica, ReplicaState, State, Volume};
 
 /// Widest stripe that is planned by default.
 const WIDTH_DEFAULT_MAX: u32 = 16;
@@ -205,23 +205,60 @@ pub fn plan_chunks_near(
 /// New places for the replicas of a volume on `from` that are not in sync: those refused for want of room if `full`, all
 /// otherwise. Chunks for which there is no place are left out.
 pub fn plan_moves(state: &State, volume: &str, from: DiskUuid, full: bool) -> Vec<(u32, DiskUuid)> {
+    plan_places(state, volume, from, |volume, slots, old| {
+        let spare = !full && state.is_spare(volume, slots, Disk(from));
+        old.state != ReplicaState::InSync && (old.no_space || !full) && !spare
+    })
+}
+
+/// Places for replicas that are to take those of a volume on `from`, which leaves and has them in sync. Chunks for which
+/// there is no place, or whose new replica is there already, are left out.
+pub fn plan_additions(state: &State, volume: &str, from: DiskUuid) -> Vec<(u32, DiskUuid)> {
+    plan_places(state, volume, from, |volume, slots, old| {
+        old.state == ReplicaState::InSync && !volume.has_spare(slots)
+    })
+}
+
+/// Disks for the chunks whose replica on `from` is wanted elsewhere.
+fn plan_places(
+    state: &State,
+    volume: &str,
+    from: DiskUuid,
+    wanted: impl Fn(&Volume, &[Replica], &Replica) -> bool,
+) -> Vec<(u32, DiskUuid)> {
     let Some(volume) = state.volumes.get(volume) else {
         return Vec::new();
     };
-    let mut board = Board::new(state);
-    let mut moves = Vec::new();
+    let usable = state.disks.keys().filter(|disk| disk.0 != from);
+    let usable: Vec<Disk> = usable
+        .copied()
+        .filter(|disk| state.usable(disk.0).is_some())
+        .collect();
+    // Made when it is needed: where nothing can go anywhere that is looked at again and again.
+    let mut board = None;
+    let mut places = Vec::new();
     for (number, slots) in (0u32..).zip(&volume.chunks) {
-        let Some(old) = slots.iter().find(|slot| slot.disk == Disk(from)) else {
-            continue;
-        };
-        if old.state == ReplicaState::InSync || (full && !old.no_space) {
+        let old = slots.iter().find(|slot| slot.disk == Disk(from));
+        if !old.is_some_and(|old| wanted(volume, slots, old)) {
             continue;
         }
         let others: Vec<_> = slots.iter().filter(|slot| slot.disk != Disk(from)).collect();
-        let mut taken: Vec<&str> = others
+        let all: BTreeSet<&str> = others
             .iter()
             .filter_map(|slot| state.domain_of(slot.disk))
             .collect();
+        let counts = |slot: &&&Replica| !state.leaves(slot.disk) || all.len() < volume.mirror as usize;
+        let counted = others.iter().filter(counts);
+        let taken: Vec<&str> = counted.filter_map(|slot| state.domain_of(slot.disk)).collect();
+        let is_free = |disk: &Disk| {
+            state
+                .domain_of(*disk)
+                .is_some_and(|domain| !taken.contains(&domain))
+        };
+        if !usable.iter().any(is_free) {
+            continue;
+        }
+        let board = board.get_or_insert_with(|| Board::new(state));
         let chosen: Vec<usize> = others
             .iter()
             .filter_map(|slot| board.disks.iter().position(|disk| disk.uuid == slot.disk.0))
@@ -236,13 +273,12 @@ pub fn plan_moves(state: &State, volume: &str, from: DiskUuid, full: bool) -> Ve
         if let (Some(chunks), Some(disk)) = (spare, board.disks.iter().position(|disk| disk.uuid == from)) {
             board.disks[disk].chunks = chunks;
         }
-        taken.clear();
         if let Some(disk) = found {
             board.place(&chosen, disk);
-            moves.push((number, board.disks[disk].uuid));
+            places.push((number, board.disks[disk].uuid));
         }
     }
-    moves
+    places
 }
 
 /// Chunks of data that `bytes` can hold, for messages about capacity.

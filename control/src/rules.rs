@@ -7,7 +7,7 @@ use unibody_dataplane::config::{Change, Outcome, Proposal};
 use unibody_dataplane::ids::{BootId, DiskUuid, Generation, PowerId};
 
 use crate::planner;
-use crate::state::{Applied, Command, Disk, NodeId, Refused, ReplicaState, State, VmSpec};
+use crate::state::{Applied, Command, Disk, NodeId, Refused, Replica, ReplicaState, State, VmSpec};
 
 /// A step of a random history; numbers are taken modulo what there is.
 #[derive(Clone, Debug)]
@@ -20,6 +20,7 @@ enum Step {
     DiskUp(u8, u8),
     ForgetDisk(u8),
     DiskOut(u8),
+    DiskLeave(u8),
     Create(u8, u8),
     Grow(u8),
     Delete(u8),
@@ -36,7 +37,13 @@ enum Step {
         old_generation: bool,
     },
     Move(u8, u8, bool),
+    /// As planned, or to a disk of choice.
+    Add(u8, u8, Option<u8>),
+    Remove(u8, u8, Vec<u32>),
+    GiveUp(u8, u8, Vec<u32>),
     Vm(u8, u8, u8),
+    Describe(u8, u8),
+    Run(u8, bool),
     PlaceVm(u8, u8, bool),
     DeleteVm(u8),
     Batch(Vec<Step>),
@@ -57,6 +64,7 @@ fn one() -> impl Strategy<Value = Step> {
         1 => (0u8..8, 0u8..3).prop_map(|(n, boot)| Step::DiskUp(n, boot)),
         1 => (0u8..8).prop_map(Step::ForgetDisk),
         1 => (0u8..8).prop_map(Step::DiskOut),
+        2 => (0u8..8).prop_map(Step::DiskLeave),
         2 => (0u8..4, 1u8..=3).prop_map(|(v, m)| Step::Create(v, m)),
         1 => (0u8..4).prop_map(Step::Grow),
         1 => (0u8..4).prop_map(Step::Delete),
@@ -68,6 +76,11 @@ fn one() -> impl Strategy<Value = Step> {
                 volume, disk, kind, chunks, boot, old_config, old_generation,
             }),
         3 => (0u8..4, 0u8..8, prop::bool::weighted(0.1)).prop_map(|(v, d, old)| Step::Move(v, d, old)),
+        4 => (0u8..4, 0u8..8, prop::option::weighted(0.2, 0u8..8)).prop_map(|(v, d, to)| Step::Add(v, d, to)),
+        3 => (0u8..4, 0u8..8, prop::collection::vec(0u32..3, 0..3)).prop_map(|(v, d, chunks)| Step::Remove(v, d, chunks)),
+        1 => (0u8..4, 0u8..8, prop::collection::vec(0u32..3, 0..3)).prop_map(|(v, d, chunks)| Step::GiveUp(v, d, chunks)),
+        1 => (0u8..4, 0u8..5).prop_map(|(n, memory)| Step::Describe(n, memory)),
+        1 => (0u8..4, any::<bool>()).prop_map(|(n, run)| Step::Run(n, run)),
         2 => (0u8..4, 0u8..5, 0u8..4).prop_map(|(n, memory, volumes)| Step::Vm(n, memory, volumes)),
         2 => (0u8..4, 0u8..7, prop::bool::weighted(0.1)).prop_map(|(n, node, old)| Step::PlaceVm(n, node, old)),
         1 => (0u8..4).prop_map(Step::DeleteVm),
@@ -132,6 +145,7 @@ fn command(state: &State, step: &Step) -> Option<Command> {
         },
         Step::ForgetDisk(n) => Command::ForgetDisk { disk: disk(*n) },
         Step::DiskOut(n) => Command::DiskOut { disk: disk(*n) },
+        Step::DiskLeave(n) => Command::DiskLeave { disk: disk(*n) },
         Step::Create(v, mirror) => Command::CreateVolume {
             name: name(v),
             size: 100 << 20,
@@ -224,6 +238,49 @@ fn command(state: &State, step: &Step) -> Option<Command> {
                 to: planner::plan_moves(state, &name(v), disk(*d), false),
             }
         }
+        Step::Add(v, d, to) => {
+            let volume = state.volumes.get(&name(v))?;
+            Command::AddReplicas {
+                name: name(v),
+                generation: volume.generation,
+                config: volume.config,
+                from: disk(*d),
+                to: match to {
+                    Some(to) => vec![(0, disk(*to))],
+                    None => planner::plan_additions(state, &name(v), disk(*d)),
+                },
+            }
+        }
+        Step::Remove(v, d, chunks) => {
+            let volume = state.volumes.get(&name(v))?;
+            Command::RemoveReplicas {
+                name: name(v),
+                generation: volume.generation,
+                config: volume.config,
+                disk: disk(*d),
+                chunks: chunks.clone(),
+            }
+        }
+        Step::GiveUp(v, d, chunks) => {
+            let volume = state.volumes.get(&name(v))?;
+            Command::GiveUp {
+                name: name(v),
+                generation: volume.generation,
+                config: volume.config,
+                disk: disk(*d),
+                chunks: chunks.clone(),
+            }
+        }
+        Step::Describe(n, memory) => Command::DescribeVm {
+            name: format!("m{n}"),
+            definition: "{}".into(),
+            memory: u64::from(*memory),
+            volumes: Vec::new(),
+        },
+        Step::Run(n, run) => Command::RunVm {
+            name: format!("m{n}"),
+            run: *run,
+        },
         Step::Vm(n, memory, volumes) => {
             let (name, known) = (format!("m{n}"), state.vms.contains_key(&format!("m{n}")));
             let vm = VmSpec {
@@ -253,6 +310,13 @@ fn command(state: &State, step: &Step) -> Option<Command> {
     })
 }
 
+/// Failure domains in which a chunk is in sync.
+fn copies(state: &State, slots: &[Replica]) -> usize {
+    let in_sync = slots.iter().filter(|slot| slot.state == ReplicaState::InSync);
+    let domains: BTreeSet<_> = in_sync.map(|slot| state.domain_of(slot.disk)).collect();
+    domains.len()
+}
+
 /// Rules about one change, beside those that [`State::check`] knows of every state.
 fn check_change(before: &State, after: &State, command: &Command, result: &Applied) {
     if let (Command::Batch(commands), Applied::Batch(answers)) = (command, result) {
@@ -264,7 +328,7 @@ fn check_change(before: &State, after: &State, command: &Command, result: &Appli
     }
     for id in after.nodes.keys() {
         let placed = after.vms.values().filter(|vm| vm.node == Some(*id));
-        let used: u64 = placed.map(|vm| vm.spec.memory).sum();
+        let used: u64 = placed.map(crate::state::Vm::memory).sum();
         let shrunk = matches!(command, Command::NodeUp { .. } | Command::AddNode { .. });
         assert!(
             used <= after.nodes[id].memory
@@ -304,12 +368,21 @@ fn check_change(before: &State, after: &State, command: &Command, result: &Appli
             );
         }
         for (now, then) in volume.chunks.iter().zip(&old.chunks) {
-            let domains: BTreeSet<_> = now.iter().map(|slot| after.domain_of(slot.disk)).collect();
+            let staying = now.iter().filter(|slot| !after.disks[&slot.disk].out);
+            let domains: BTreeSet<_> = staying.clone().map(|slot| after.domain_of(slot.disk)).collect();
             assert_eq!(
                 domains.len(),
-                now.len(),
+                staying.count(),
                 "{command:?}: two replicas in one domain"
             );
+            let wanted = volume.mirror as usize;
+            if !matches!(
+                command,
+                Command::Propose { .. } | Command::DiskOut { .. } | Command::GiveUp { .. }
+            ) {
+                let (now, then) = (copies(after, now), copies(after, then));
+                assert!(now.min(wanted) >= then.min(wanted), "{command:?}: fewer copies");
+            }
             for slot in now {
                 let was = then
                     .iter()
@@ -430,4 +503,159 @@ fn the_last_copy_stays_in_sync() {
             assert!(in_sync.iter().all(|slot| slot.disk == Disk(disk(1))));
         }
     }
+}
+
+/// Brings every replica up to date, as an owner does that reaches all.
+fn heal(state: &mut State) {
+    let slots = state.volumes["v0"].chunks[0].clone();
+    for slot in slots.iter().filter(|slot| slot.state == ReplicaState::Stale) {
+        let (disk, chunks) = (slot.disk.0, vec![0]);
+        let (boot, power) = (BootId(0), PowerId(0));
+        for change in [
+            Change::StartRebuild {
+                disk,
+                chunks: chunks.clone(),
+            },
+            Change::MarkInSync {
+                disk,
+                chunks,
+                boot,
+                power,
+            },
+        ] {
+            let volume = &state.volumes["v0"];
+            let proposal = Proposal {
+                generation: Generation(volume.generation),
+                config: volume.config,
+                change,
+            };
+            let name = "v0".into();
+            state.apply(&Command::Propose { name, proposal }).unwrap();
+        }
+    }
+}
+
+/// Volume `v0` of one chunk on the first disks of six, each a domain but the last two, which are in those of the first two.
+fn with_copies(mirror: u8) -> State {
+    let mut state = State::default();
+    for n in 0..6 {
+        let add = Command::AddDisk {
+            disk: disk(n),
+            node: NodeId::LOCAL,
+            domain: format!("d{}", n % 4),
+            bytes: 1 << 30,
+        };
+        state.apply(&add).unwrap();
+    }
+    let create = Command::CreateVolume {
+        name: "v0".into(),
+        size: 1 << 20,
+        mirror: u32::from(mirror),
+        stripe_unit: 1 << 18,
+        stripe_width: 1,
+        read_only: false,
+        instance: 1,
+        chunks: vec![(0..mirror).map(disk).collect()],
+    };
+    state.apply(&create).unwrap();
+    let attach = command(&state, &Step::Attach(0, 0, false)).unwrap();
+    state.apply(&attach).unwrap();
+    state
+}
+
+#[test]
+fn a_replica_is_removed_when_its_successor_is_in_sync_and_not_before() {
+    for mirror in 1..=3 {
+        let mut state = with_copies(mirror);
+        // In the domain of the disk that leaves: a node has no other place for three copies on three nodes.
+        let add = Step::Add(0, 0, Some(4));
+        let remove = Step::Remove(0, 0, vec![0]);
+        let refused = |state: &mut State, step: &Step| {
+            let command = command(state, step).unwrap();
+            state.apply(&command).unwrap_err().to_string()
+        };
+        assert!(refused(&mut state, &add).contains("is not leaving"));
+        state.apply(&Command::DiskLeave { disk: disk(0) }).unwrap();
+        assert!(
+            state.volumes["v0"].chunks[0]
+                .iter()
+                .all(|slot| slot.state == ReplicaState::InSync)
+        );
+        assert!(refused(&mut state, &remove).contains("no replica more"));
+        if mirror > 1 {
+            assert!(refused(&mut state, &Step::Add(0, 0, Some(5))).contains("one failure domain"));
+        }
+        let added = command(&state, &add).unwrap();
+        state.apply(&added).unwrap();
+        assert!(refused(&mut state, &Step::Add(0, 0, Some(3))).contains("one replica more already"));
+        assert!(refused(&mut state, &remove).contains("too few others"));
+        heal(&mut state);
+        let removed = command(&state, &remove).unwrap();
+        state.apply(&removed).unwrap();
+        state.check().unwrap();
+        let on: BTreeSet<_> = state.volumes["v0"].chunks[0]
+            .iter()
+            .map(|slot| slot.disk)
+            .collect();
+        let wanted = (1..mirror).chain([4]).map(|n| Disk(disk(n)));
+        assert_eq!(on, wanted.collect());
+        assert!(refused(&mut state, &remove).contains("no replica on that disk"));
+    }
+}
+
+#[test]
+fn copies_in_one_domain_count_once_when_a_replica_is_removed() {
+    let mut state = with_copies(3);
+    let run = |state: &mut State, step: Step| {
+        let command = command(state, &step).unwrap();
+        state.apply(&command)
+    };
+    run(&mut state, Step::DiskLeave(0)).unwrap();
+    run(&mut state, Step::Add(0, 0, Some(4))).unwrap();
+    heal(&mut state);
+    // The first and the fifth are in one domain: without the second, three copies would be in two.
+    run(&mut state, Step::DiskLeave(1)).unwrap();
+    let refused = run(&mut state, Step::Remove(0, 1, vec![0])).unwrap_err();
+    assert!(
+        refused.to_string().contains("too few failure domains"),
+        "{refused}"
+    );
+    run(&mut state, Step::Remove(0, 0, vec![0])).unwrap();
+    run(&mut state, Step::Add(0, 1, Some(5))).unwrap();
+}
+
+#[test]
+fn a_stale_replica_is_moved_where_without_it_two_would_share_a_domain() {
+    let mut state = with_copies(3);
+    let run = |state: &mut State, step: Step| {
+        let command = command(state, &step).unwrap();
+        state.apply(&command)
+    };
+    run(&mut state, Step::DiskLeave(0)).unwrap();
+    run(&mut state, Step::Add(0, 0, Some(4))).unwrap();
+    heal(&mut state);
+    run(&mut state, Step::DiskOut(1)).unwrap();
+    assert!(run(&mut state, Step::Remove(0, 1, vec![0])).is_err());
+    run(&mut state, Step::Move(0, 1, false)).unwrap();
+    heal(&mut state);
+    run(&mut state, Step::Remove(0, 0, vec![0])).unwrap();
+    assert_eq!(copies(&state, &state.volumes["v0"].chunks[0]), 3);
+    assert_eq!(state.volumes["v0"].chunks[0].len(), 3);
+}
+
+#[test]
+fn what_is_given_up_has_another_copy() {
+    let mut state = with_copies(2);
+    let give_up = |state: &mut State, n| {
+        let command = command(state, &Step::GiveUp(0, n, vec![0])).unwrap();
+        state.apply(&command)
+    };
+    give_up(&mut state, 0).unwrap();
+    give_up(&mut state, 0).unwrap();
+    assert!(
+        give_up(&mut state, 1)
+            .unwrap_err()
+            .to_string()
+            .contains("no other replica")
+    );
 }

@@ -17,6 +17,10 @@ const SEEDS: Range<u64> = 0..5_000;
 /// Seeds that found a bug once, with what it was.
 const KEPT: &[(u64, &str)] = &[
     (
+        464,
+        "a stale replica was removed for one that is in the domain of another which leaves: three copies in two domains for good",
+    ),
+    (
         520,
         "a replica lost while its promotion was undecided lacked a write that failed meanwhile, and was promoted",
     ),
@@ -48,6 +52,7 @@ const PROBES: &[&str] = &[
     "disk destroyed",
     "disk lost",
     "disk lost power",
+    "disk taken out",
     "edges merged",
     "fenced",
     "guest outlived the data plane",
@@ -65,6 +70,7 @@ const PROBES: &[&str] = &[
     "one-way partition",
     "outcome unknown",
     "owner beside an old one",
+    "owner cut off from all",
     "owner cut off from the quorum revoked",
     "owner heard that it is none",
     "owner that stood still revoked",
@@ -78,7 +84,10 @@ const PROBES: &[&str] = &[
     "read to be confirmed",
     "refused by another opening of the disk",
     "released",
+    "replicas added",
+    "replicas given up",
     "replicas moved",
+    "replicas removed",
     "sent again after a new connection",
     "slow I/O",
     "the peer is another process",

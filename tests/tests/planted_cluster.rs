@@ -18,6 +18,7 @@ const FOUND: &[(Bug, u64)] = &[
     (Bug::RevokeEarly, 120),
     (Bug::NewLeaderForgetsLeases, 120),
     (Bug::GrantWhileRevoking, 120),
+    (Bug::LeaseIgnored, 120),
     (Bug::AckBeforeCommit, 120),
     (Bug::AckAtFirst, 120),
     (Bug::SkipSeal, 120),

@@ -7,6 +7,7 @@ use std::process::ExitCode;
 use anyhow::{Context, Result, bail};
 use clap::Subcommand;
 use unibody_control::admin::{Fault, Request, call};
+use unibody_control::api::types::GivenUp;
 use unibody_control::cluster::LocalRequest;
 use unibody_dataplane::store::Verdict;
 
@@ -84,10 +85,14 @@ pub(crate) enum DiskCommand {
         #[command(flatten)]
         node: NodeArgs,
     },
-    /// Take a disk out of a cluster for good: what is on it moves to others, then it is forgotten.
+    /// Take a disk out of a cluster for good: what is on it moves to others, each copy as soon as its new one is complete, then
+    /// the disk is forgotten. Refused where the only copies that can be read would be given up.
     Remove {
         /// Its identity in `disk list`.
         disk: String,
+        /// The disk can not be read and never will be: give up what is on it. What has no other copy can not be read again.
+        #[arg(long)]
+        lost: bool,
         #[command(flatten)]
         node: NodeArgs,
     },
@@ -158,8 +163,23 @@ pub(crate) fn run(command: DiskCommand) -> Result<ExitCode> {
             Target::Alone(control) => drop(call(&control, &Request::DiskReplace { disk, spec })?),
             Target::Cluster(_) => bail!("in a cluster: `disk add` another one, then `disk remove` this one"),
         },
-        DiskCommand::Remove { disk, node } => {
+        DiskCommand::Remove {
+            disk,
+            lost: false,
+            node,
+        } => {
             node.cluster()?.delete(&format!("/v1/disks/{}", segment(&disk)))?;
+        }
+        DiskCommand::Remove {
+            disk,
+            lost: true,
+            node,
+        } => {
+            let path = format!("/v1/disks/{}/give-up", segment(&disk));
+            let given_up: GivenUp = node.cluster()?.post(&path, &())?;
+            for (volume, chunks) in given_up.unreadable {
+                println!("volume {volume}: {chunks} chunks have no copy left that can be read now");
+            }
         }
         DiskCommand::Fault {
             disk,

@@ -245,7 +245,12 @@ fn print_volumes_of(status: &ClusterStatus) {
 fn print_disks_of(status: &ClusterStatus) {
     let row = |disk: &unibody_control::api::types::DiskSummary| {
         let mut row = disk_row(&disk.disk);
-        if disk.leaving {
+        if disk.stuck {
+            row[5] = format!(
+                "{}, leaving: {} replicas stay, they need a disk in another failure domain",
+                row[5], disk.replicas
+            );
+        } else if disk.leaving {
             row[5] = format!("{}, leaving: {} replicas to move", row[5], disk.replicas);
         }
         row.insert(0, disk.node.clone());

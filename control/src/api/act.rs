@@ -1,6 +1,5 @@
 //! Everything that changes something: a proposal, or a word to the one node that can do it.
 
-use std::collections::BTreeSet;
 use std::time::Duration;
 
 use axum::Json;
@@ -10,15 +9,12 @@ use serde::de::DeserializeOwned;
 use tokio::time::Instant;
 use unibody_dataplane::geometry::Geometry;
 
-use super::show;
 use super::types::{Attached, Drain, NewVolume, OnNode, Resize, VmDefinition};
 use super::{Api, DO, Failure, PASSED_ON, PAUSE, conflict, find_node, name_of, wrong};
 use crate::admin::{NodeStatus, VolumeStatus};
 use crate::cluster::LocalRequest;
 use crate::planner;
-use crate::state::{
-    Applied, Command, Disk, NodeId, Refused, Replica, ReplicaState, State as Control, VmSpec, Volume,
-};
+use crate::state::{Applied, Command, NodeId, Refused, State as Control, VmSpec, Volume};
 
 /// Times that a placement is planned anew because disks have come or gone meanwhile.
 const PLANS: u32 = 5;
@@ -39,9 +35,9 @@ impl<T: DeserializeOwned> FromRequest<Api> for Given<T> {
     }
 }
 
-type Done = Result<StatusCode, Failure>;
+pub(super) type Done = Result<StatusCode, Failure>;
 
-fn done(_: Applied) -> StatusCode {
+pub(super) fn done(_: Applied) -> StatusCode {
     StatusCode::NO_CONTENT
 }
 
@@ -248,16 +244,23 @@ pub(super) async fn define_vm(
         )));
     }
     let (view, _) = api.view().await;
-    let known = view.state.vms.get(&name);
-    let vm = VmSpec {
-        definition,
-        memory: needs.memory,
-        volumes: needs.volumes,
-        run: known.is_some_and(|vm| vm.spec.run),
-    };
-    let command = match known {
-        Some(_) => Command::UpdateVm { name, vm },
-        None => Command::CreateVm { name, vm },
+    let (memory, volumes) = (needs.memory, needs.volumes);
+    let command = match view.state.vms.contains_key(&name) {
+        true => Command::DescribeVm {
+            name,
+            definition,
+            memory,
+            volumes,
+        },
+        false => Command::CreateVm {
+            name,
+            vm: VmSpec {
+                definition,
+                memory,
+                volumes,
+                run: false,
+            },
+        },
     };
     api.propose(command).await.map(done)
 }
@@ -277,12 +280,9 @@ pub(super) async fn start_vm(
         .as_deref()
         .map(|node| find_node(state, node))
         .transpose()?;
-    let run = Command::UpdateVm {
+    let run = Command::RunVm {
         name: name.clone(),
-        vm: VmSpec {
-            run: true,
-            ..vm.spec.clone()
-        },
+        run: true,
     };
     let Some(node) = wanted.filter(|node| vm.node != Some(*node)) else {
         return api.propose(run).await.map(done);
@@ -310,13 +310,7 @@ pub(super) async fn start_vm(
 /// Shuts a VM down, and keeps it so.
 #[utoipa::path(post, path = "/v1/vms/{name}/stop", params(("name" = String, Path)), responses((status = 204), (status = "4XX", body = super::types::Problem)))]
 pub(super) async fn stop_vm(State(api): State<Api>, Path(name): Path<String>) -> Done {
-    let (view, _) = api.view().await;
-    let vm = view.state.vms.get(&name).ok_or(Refused::NoVm(name.clone()))?;
-    let vm = VmSpec {
-        run: false,
-        ..vm.spec.clone()
-    };
-    api.propose(Command::UpdateVm { name, vm }).await.map(done)
+    api.propose(Command::RunVm { name, run: false }).await.map(done)
 }
 
 /// Forgets a VM that is stopped. Its volumes stay.
@@ -343,51 +337,6 @@ pub(super) async fn remove_node(State(api): State<Api>, Path(node): Path<String>
     let (view, _) = api.view().await;
     let node = find_node(&view.state, &node)?;
     api.propose(Command::RemoveNode { node }).await.map(done)
-}
-
-/// Takes a disk out for good: what is on it moves to others, then it is forgotten.
-#[utoipa::path(delete, path = "/v1/disks/{disk}", params(("disk" = String, Path, description = "its identity")), responses((status = 204), (status = "4XX", body = super::types::Problem)))]
-pub(super) async fn remove_disk(State(api): State<Api>, Path(disk): Path<String>) -> Done {
-    let (view, _) = api.view().await;
-    let mut disks = view.state.disks.keys();
-    let found = disks.find(|known| known.to_string() == disk);
-    let Some(found) = found else {
-        let why = format!("there is no disk {disk}: name it by its identity, see `unibody disk list`");
-        return Err(Failure(StatusCode::NOT_FOUND, why));
-    };
-    let said = show::said(&api, &view.state).await;
-    let disks = said.values().flat_map(|node| &node.disks);
-    let online: BTreeSet<&str> = disks
-        .filter(|disk| disk.state == "online")
-        .map(|disk| disk.uuid.as_str())
-        .collect();
-    if let Some(volume) = alone_on(&view.state, *found, |disk| {
-        online.contains(disk.to_string().as_str())
-    }) {
-        let why = format!(
-            "disk {disk} has the only copies of parts of volume {volume} that can be read now: bring the disks with the others back first"
-        );
-        return Err(conflict(why));
-    }
-    api.propose(Command::DiskOut { disk: found.0 }).await.map(done)
-}
-
-/// A volume of which a disk that can be read has something that can be read nowhere else, though the state knows of another
-/// copy: with the disk taken out, only that one would count.
-fn alone_on(state: &Control, disk: Disk, can_be_read: impl Fn(Disk) -> bool) -> Option<&str> {
-    if !can_be_read(disk) {
-        return None;
-    }
-    let is_alone = |slots: &Vec<Replica>| {
-        let in_sync = |slot: &&Replica| slot.state == ReplicaState::InSync;
-        let mut others = slots.iter().filter(in_sync).filter(|slot| slot.disk != disk);
-        slots.iter().filter(in_sync).any(|slot| slot.disk == disk)
-            && others.clone().next().is_some()
-            && !others.any(|slot| can_be_read(slot.disk))
-    };
-    let mut volumes = state.volumes.iter();
-    let found = volumes.find(|(_, volume)| volume.chunks.iter().any(is_alone));
-    found.map(|(name, _)| name.as_str())
 }
 
 /// Has a certain node do what only it can do, whichever node is asked.
@@ -452,45 +401,4 @@ async fn disk_added(
     }
     let why = format!("disk {spec} is not in service yet: see `unibody disk list`");
     Err(Failure(StatusCode::SERVICE_UNAVAILABLE, why))
-}
-
-#[cfg(test)]
-mod tests {
-    use unibody_dataplane::ids::DiskUuid;
-
-    use super::*;
-
-    #[test]
-    fn a_disk_is_not_taken_out_while_only_it_can_be_read() {
-        let mut state = Control::default();
-        let disks = [1, 2].map(|disk| {
-            let add = Command::AddDisk {
-                disk: DiskUuid(disk),
-                node: NodeId::LOCAL,
-                domain: disk.to_string(),
-                bytes: 1 << 30,
-            };
-            state.apply(&add).unwrap();
-            DiskUuid(disk)
-        });
-        let create = |name: &str, disks: &[DiskUuid]| Command::CreateVolume {
-            name: name.into(),
-            size: 1 << 20,
-            mirror: disks.len() as u32,
-            stripe_unit: 1 << 18,
-            stripe_width: 1,
-            read_only: false,
-            instance: 1,
-            chunks: vec![disks.to_vec()],
-        };
-        state.apply(&create("v", &disks)).unwrap();
-        let [one, two] = disks.map(Disk);
-        assert_eq!(alone_on(&state, one, |_| true), None);
-        assert_eq!(alone_on(&state, one, |disk| disk == one), Some("v"));
-        assert_eq!(alone_on(&state, one, |_| false), None, "it has nothing to give");
-        assert_eq!(alone_on(&state, one, |disk| disk == two), None);
-        // Where the state knows that it is the last one, taking it out does not change that.
-        state.apply(&Command::DiskOut { disk: two.0 }).unwrap();
-        assert_eq!(alone_on(&state, one, |disk| disk == one), None);
-    }
 }

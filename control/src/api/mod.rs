@@ -5,7 +5,7 @@
 //!
 //! * `types`: what is taken and given
 //! * `show`: the state of the cluster, and the stream of its changes
-//! * `act`: everything that changes something
+//! * `act`: everything that changes something; `disks`: taking disks out
 //! * `metrics`: counters of this node for Prometheus
 //!
 //! Every request carries the cluster's API token (`authorization: Bearer TOKEN`); without it nothing of the request is read
@@ -13,6 +13,7 @@
 //! network of the cluster's own, or behind a proxy that speaks TLS.
 
 mod act;
+mod disks;
 mod metrics;
 mod show;
 #[cfg(test)]
@@ -129,7 +130,7 @@ impl From<PlanError> for Failure {
         show::status, show::watch, metrics::metrics,
         act::create_volume, act::resize_volume, act::delete_volume, act::attach_volume,
         act::define_vm, act::start_vm, act::stop_vm, act::delete_vm,
-        act::drain_node, act::remove_node, act::remove_disk, act::command,
+        act::drain_node, act::remove_node, disks::remove_disk, disks::give_up_disk, act::command,
     ),
     components(schemas(types::Problem, types::Changes)),
     modifiers(&Token),
@@ -237,7 +238,8 @@ fn router(api: Api) -> Router {
         .route("/v1/nodes/{node}", delete(act::remove_node))
         .route("/v1/nodes/{node}/drain", post(act::drain_node))
         .route("/v1/nodes/{node}/command", post(act::command))
-        .route("/v1/disks/{disk}", delete(act::remove_disk))
+        .route("/v1/disks/{disk}", delete(disks::remove_disk))
+        .route("/v1/disks/{disk}/give-up", post(disks::give_up_disk))
         .route("/v1/openapi.json", get(async || document()))
         .route("/metrics", get(metrics::metrics))
         .fallback(async || {

@@ -15,9 +15,9 @@ use tokio::task::JoinSet;
 use super::types::{Changes, ClusterStatus, DiskSummary, NodeSummary, VmSummary, VolumeSummary};
 use super::{Api, name_of};
 use crate::admin::{DiskStatus, NodeStatus, VolumeStatus};
-use crate::cluster::LocalRequest;
+use crate::cluster::{self, LocalRequest};
 use crate::raft::{self, View};
-use crate::state::{NodeId, ReplicaState, State as Control, Vm, Volume};
+use crate::state::{DiskRecord, NodeId, ReplicaState, State as Control, Vm, Volume};
 
 /// A watcher that is told nothing for so long is told so: one that has vanished is noticed only by what is sent to it.
 const QUIET_MAX: Duration = Duration::from_secs(30);
@@ -38,7 +38,7 @@ pub(super) async fn status(State(api): State<Api>) -> Json<ClusterStatus> {
         confirmed,
         applied: view.applied,
         nodes: nodes(state, &raft, &said),
-        disks: disks(state, &said),
+        disks: with_stuck(state, disks(state, &said)),
         volumes: volumes(state, &said),
         vms: vms(state, &said),
     })
@@ -109,6 +109,7 @@ fn disks(state: &Control, said: &Said) -> Vec<DiskSummary> {
         summaries.push(DiskSummary {
             node: name_of(state, record.node),
             leaving: record.out,
+            stuck: false,
             replicas: replicas.get(&uuid).copied().unwrap_or(0),
             disk: status,
         });
@@ -120,12 +121,24 @@ fn disks(state: &Control, said: &Said) -> Vec<DiskSummary> {
             .filter(|disk| !state.disks.keys().any(|known| known.to_string() == disk.uuid));
         summaries.extend(unknown.map(|disk| DiskSummary {
             node: name_of(state, *node),
-            leaving: false,
-            replicas: 0,
             disk: disk.clone(),
+            ..DiskSummary::default()
         }));
     }
     summaries
+}
+
+/// Says of which disks nothing can go that is to leave them. Too dear for the stream of changes.
+fn with_stuck(state: &Control, mut disks: Vec<DiskSummary>) -> Vec<DiskSummary> {
+    let drained = |record: &DiskRecord| state.nodes.get(&record.node).is_some_and(|node| node.drain);
+    for (disk, record) in &state.disks {
+        if (record.out || drained(record)) && !cluster::goes(state, *disk) {
+            let uuid = disk.to_string();
+            let found = disks.iter_mut().filter(|summary| summary.disk.uuid == uuid);
+            found.for_each(|summary| summary.stuck = true);
+        }
+    }
+    disks
 }
 
 fn volumes(state: &Control, said: &Said) -> Vec<VolumeSummary> {

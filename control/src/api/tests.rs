@@ -11,6 +11,7 @@ use super::*;
 use crate::cluster::vms::VmNeeds;
 use crate::cluster::{AgentError, NodeConfig, NodeSetup};
 use crate::raft::Start;
+use crate::state::ReplicaState;
 
 /// VMs that run nowhere: what is started runs until it is stopped. A definition is `NAME MEMORY VOLUME...`.
 #[derive(Default)]
@@ -332,6 +333,117 @@ fn a_disk_that_can_not_be_used_is_not_kept_and_another_is() {
     node.wait("the removed disk is gone", |status| {
         status["disks"].as_array().unwrap().len() == 2
     });
+}
+
+/// Volumes `one` and `two`, of one and of two copies, on two of three disks.
+fn with_copies() -> Node {
+    let node = Node::start();
+    for (name, mirror) in [("one", 1), ("two", 2)] {
+        let new = json!({ "name": name, "size": 8 << 20, "mirror": mirror, "stripe_width": 1 });
+        node.done("POST", "/v1/volumes", &new);
+    }
+    let add = json!({ "command": "disk-add", "spec": "mem:256M,domain=c" });
+    assert_eq!(node.send("POST", "/v1/nodes/n1/command", &add).0, 200);
+    node.wait("the volumes are healthy", |status| healthy(status, 2));
+    node
+}
+
+fn healthy(status: &Value, volumes: usize) -> bool {
+    let all = status["volumes"].as_array().unwrap();
+    let whole = |volume: &&Value| {
+        volume["state"] == "healthy"
+            && volume["in_sync"] == volume["mirror"]
+            && volume["replicas"] == volume["mirror"]
+    };
+    all.iter().filter(whole).count() == volumes
+}
+
+#[test]
+fn a_disk_in_service_is_removed_when_everything_on_it_is_elsewhere() {
+    let node = with_copies();
+    let disk = node.cluster.view().state.volumes["one"].chunks[0][0].disk;
+    let path = format!("/v1/disks/{disk}");
+    let (status, problem) = node.send("POST", &format!("{path}/give-up"), &json!(null));
+    assert_eq!(status, 409, "its copies can be moved: {problem}");
+    node.done("DELETE", &path, &json!({}));
+    node.wait("the removed disk is gone", |status| {
+        status["disks"].as_array().unwrap().len() == 2 && healthy(status, 2)
+    });
+}
+
+#[test]
+fn a_disk_with_the_only_copies_is_given_up_only_if_that_is_asked_for() {
+    let node = with_copies();
+    let disks = node.cluster.view().state.volumes["two"].chunks[0].clone();
+    let name_of = |disk: &str| {
+        let status = node.get("/v1/status");
+        let disks = status["disks"].as_array().unwrap().clone();
+        let found = disks.into_iter().find(|found| found["uuid"] == disk).unwrap();
+        found["name"].as_str().unwrap().to_owned()
+    };
+    let fail = |disk: &str| {
+        let request = json!({ "command": "disk-fail", "disk": name_of(disk) });
+        assert_eq!(node.send("POST", "/v1/nodes/n1/command", &request).0, 200);
+    };
+    let [first, second] = [&disks[0], &disks[1]].map(|slot| slot.disk.to_string());
+    // Nobody may make either stale before: so it is in the state as after a loss of power of all.
+    let name = "two".to_owned();
+    node.done("POST", "/v1/volumes/two/attach", &json!({}));
+    [&first, &second].into_iter().for_each(|disk| fail(disk));
+    node.wait("the disks are out of service", |status| {
+        let all = status["disks"].as_array().unwrap();
+        all.iter().filter(|disk| disk["state"] == "failed").count() == 2
+    });
+    let state = node.cluster.view().state.clone();
+    let in_sync = |disk: &str| {
+        let mut slots = state.volumes[&name].chunks.iter().flatten();
+        slots.any(|slot| slot.disk.to_string() == disk && slot.state == ReplicaState::InSync)
+    };
+    let last = if in_sync(&first) { &first } else { &second };
+    let path = format!("/v1/disks/{last}");
+    let (status, problem) = node.ask("DELETE", &path, &node.token, None);
+    assert_eq!(status, 409, "{problem}");
+    assert!(
+        problem.contains("1 chunks of volume two") && problem.contains("--lost"),
+        "{problem}"
+    );
+    assert!(!node.cluster.view().state.disks.values().any(|disk| disk.out));
+    let (status, given_up) = node.send("POST", &format!("{path}/give-up"), &json!(null));
+    assert_eq!(status, 200, "{given_up}");
+    assert_eq!(given_up["unreadable"]["two"], 1);
+    node.wait("it is leaving", |status| {
+        let all = status["disks"].as_array().unwrap();
+        all.iter()
+            .any(|disk| disk["uuid"] == **last && disk["leaving"] == true)
+    });
+}
+
+/// What is changed between the question and the answer stays changed.
+#[test]
+fn starting_and_stopping_a_vm_changes_nothing_else() {
+    let node = Node::start();
+    let define = |memory: u64| {
+        let definition = json!({ "definition": format!("m {memory}") });
+        node.done("PUT", "/v1/vms/m", &definition);
+    };
+    define(1 << 29);
+    node.done("POST", "/v1/vms/m/start", &json!({}));
+    let running = |status: &Value| status["vms"][0]["state"] == "running";
+    node.wait("it runs", running);
+    // It has what it was started with until it is placed anew.
+    define(1 << 20);
+    let free = |node: &Node| node.get("/v1/status")["nodes"][0]["memory_free"].clone();
+    assert_eq!(free(&node), json!(1 << 29));
+    assert!(
+        node.cluster.view().state.vms["m"].spec.run,
+        "to define it does not stop it"
+    );
+    node.done("POST", "/v1/vms/m/stop", &json!({}));
+    node.wait("it is stopped", |status| status["vms"][0]["state"] == "stopped");
+    assert_eq!(node.cluster.view().state.vms["m"].spec.memory, 1 << 20);
+    node.done("POST", "/v1/vms/m/start", &json!({}));
+    node.wait("it runs again", running);
+    assert_eq!(free(&node), json!((1 << 30) - (1 << 20)));
 }
 
 /// The state may name an owner that has not heard of it: whoever asks it to let the volume go asks again.

@@ -58,6 +58,9 @@ pub struct DiskSummary {
     pub leaving: bool,
     /// Replicas on it.
     pub replicas: u64,
+    /// They are to leave it, and have nowhere to go. In the status only, not in the stream of changes.
+    #[serde(default)]
+    pub stuck: bool,
     /// What its node says; of a node that does not answer, what the state says.
     #[serde(flatten)]
     pub disk: DiskStatus,
@@ -160,6 +163,13 @@ pub struct Attached {
 pub struct VmDefinition {
     /// TOML, as in a file for `unibody vm start`, without the sockets of its volumes.
     pub definition: String,
+}
+
+/// What was given up with a disk.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct GivenUp {
+    /// Of each volume the chunks that have no other copy that can be read now.
+    pub unreadable: std::collections::BTreeMap<String, u64>,
 }
 
 /// Whether data and VMs are to leave a node.

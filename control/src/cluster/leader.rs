@@ -1,23 +1,19 @@
 //! What the node that leads does for the whole cluster: take volumes and VMs from nodes that are gone, give every volume an
-//! owner so that it heals, give VMs a place, and move data off disks that leave.
+//! owner so that it heals, give VMs a place, and move data off disks that leave (`leaving`).
 //!
 //! A pure choice from the state and from who is alive. Each duty is carried out by a command that the state checks again, so
 //! acting on an old view does no harm.
 //!
 //! Absent: judging when a lease is over (`raft` does, see [`Duty::Take`]), and the data plane.
 
-use std::borrow::Cow;
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 
-use crate::planner;
-use crate::state::{Command, Disk, NodeId, Replica, ReplicaState, State, Volume};
-
-/// Most moves of chunks proposed in one round.
-const MOVES_MAX: usize = 512;
+use super::leaving;
+use crate::state::{Command, NodeId, ReplicaState, State, Volume};
 
 /// How a node looks to the leader.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Life {
+pub enum Life {
     /// It answers.
     Alive,
     /// It does not, but may hold a lease.
@@ -53,7 +49,7 @@ pub(crate) fn duties(state: &State, life: &BTreeMap<NodeId, Life>) -> Vec<Duty> 
     }
     duties.extend(owners(state, &life).into_iter().map(Duty::Do));
     duties.extend(places(state, &life).into_iter().map(Duty::Do));
-    duties.extend(disks(state, &life).into_iter().map(Duty::Do));
+    duties.extend(leaving::disks(state, &life).into_iter().map(Duty::Do));
     duties
 }
 
@@ -188,101 +184,6 @@ fn places(state: &State, life: &impl Fn(NodeId) -> Life) -> Vec<Command> {
         }
     }
     commands
-}
-
-/// Disks of nodes that are lost are given up; a node that is drained gives up one disk at a time, and only while everything on
-/// it has another copy; what was given up moves.
-fn disks(state: &State, life: &impl Fn(NodeId) -> Life) -> Vec<Command> {
-    let mut commands = Vec::new();
-    let mut leaving = BTreeSet::new();
-    for (&disk, record) in &state.disks {
-        if record.out {
-            leaving.insert(disk);
-        } else if life(record.node) == Life::Lost {
-            commands.push(Command::DiskOut { disk: disk.0 });
-        }
-    }
-    for (node, _) in state.nodes.iter().filter(|(_, node)| node.drain) {
-        let mut of_node = state.disks.iter().filter(|(_, record)| record.node == *node);
-        if of_node.clone().any(|(_, record)| record.out) {
-            continue;
-        }
-        if let Some((disk, _)) = of_node.find(|(disk, _)| safe_without(state, **disk, life)) {
-            commands.push(Command::DiskOut { disk: disk.0 });
-        }
-    }
-    // What follows is planned from what goes before it.
-    let mut after = Cow::Borrowed(state);
-    let mut room = MOVES_MAX;
-    for &disk in &leaving {
-        if !state.has_replicas(disk.0) {
-            commands.push(Command::ForgetDisk { disk: disk.0 });
-            continue;
-        }
-        let mut planned = after.clone();
-        let mut batch = Vec::new();
-        // An owner that reaches the disk brings it up to date again, which is fine until there is another place. So it is given
-        // up anew, together with the moves.
-        if safe_without(state, disk, life) {
-            batch.push(Command::DiskOut { disk: disk.0 });
-            planned.to_mut().apply(&batch[0]).ok();
-        }
-        let moved = moves(&mut planned, disk, false, &mut room);
-        if !moved.is_empty() {
-            batch.extend(moved);
-            commands.push(Command::Batch(batch));
-            after = planned;
-        }
-    }
-    for &disk in state.disks.keys().filter(|disk| !leaving.contains(*disk)) {
-        commands.extend(moves(&mut after, disk, true, &mut room));
-    }
-    commands
-}
-
-/// Moves of what is on a disk and not in sync, or (`full`) of what the disk had no room for; `state` is as after them.
-fn moves(state: &mut Cow<'_, State>, disk: Disk, full: bool, room: &mut usize) -> Vec<Command> {
-    let wanted = |volume: &Volume| {
-        let mut slots = volume.chunks.iter().flatten();
-        slots.any(|slot| slot.disk == disk && slot.state != ReplicaState::InSync && (slot.no_space || !full))
-    };
-    let volumes = state.volumes.iter().filter(|(_, volume)| wanted(volume));
-    let names: Vec<_> = volumes.map(|(name, _)| name.clone()).collect();
-    let mut commands = Vec::new();
-    for name in names {
-        let mut to = planner::plan_moves(state, &name, disk.0, full);
-        to.truncate(*room);
-        if to.is_empty() {
-            continue;
-        }
-        *room -= to.len();
-        let volume = &state.volumes[&name];
-        let command = Command::Move {
-            generation: volume.generation,
-            config: volume.config,
-            from: disk.0,
-            to,
-            name,
-        };
-        // One that is refused is so again when it is carried out, and is planned anew.
-        state.to_mut().apply(&command).ok();
-        commands.push(command);
-    }
-    commands
-}
-
-/// Every replica on the disk has others that are in sync and can be read now, and nothing is being rebuilt that could need it.
-fn safe_without(state: &State, disk: Disk, life: &impl Fn(NodeId) -> Life) -> bool {
-    let good = |slot: &Replica| {
-        let node = state.disks.get(&slot.disk).map(|record| record.node);
-        slot.state == ReplicaState::InSync
-            && (slot.disk == disk || node.is_some_and(|node| life(node) == Life::Alive))
-    };
-    let mut chunks = state.volumes.values().flat_map(|volume| &volume.chunks);
-    chunks.all(|slots| {
-        let here = slots.iter().any(|slot| slot.disk == disk);
-        !here || slots.len() > 1 && slots.iter().all(good)
-    })
 }
 
 #[cfg(test)]

@@ -1,7 +1,10 @@
 //! What the leader does in one situation and another, and that there is an end of it.
 
+use std::collections::BTreeSet;
+
 use super::*;
-use crate::state::VmSpec;
+use crate::planner;
+use crate::state::{Disk, VmSpec};
 use unibody_dataplane::config::{Change, Proposal};
 use unibody_dataplane::ids::{BootId, DiskUuid, Generation, PowerId};
 
@@ -39,11 +42,16 @@ fn cluster(nodes: u64) -> State {
 }
 
 fn volume(state: &mut State, name: &str, owner: Option<u64>) {
-    let chunks = planner::plan_chunks(state, 4, 2).unwrap();
+    volume_of(state, name, 2, owner);
+}
+
+fn volume_of(state: &mut State, name: &str, mirror: u32, owner: Option<u64>) {
+    let count = 12;
+    let chunks = planner::plan_chunks(state, count, mirror).unwrap();
     let create = Command::CreateVolume {
         name: name.into(),
-        size: 256 << 20,
-        mirror: 2,
+        size: u64::from(count) << 26,
+        mirror,
         stripe_unit: 256 << 10,
         stripe_width: 4,
         read_only: false,
@@ -176,29 +184,6 @@ fn the_data_of_a_lost_node_moves_to_the_others() {
     );
 }
 
-#[test]
-fn a_drained_node_gives_up_one_disk_at_a_time() {
-    let mut state = cluster(4);
-    volume(&mut state, "v", Some(2));
-    let drain = Command::Drain {
-        node: NodeId(1),
-        on: true,
-    };
-    state.apply(&drain).unwrap();
-    let alive = life(&[
-        (1, Life::Alive),
-        (2, Life::Alive),
-        (3, Life::Alive),
-        (4, Life::Alive),
-    ]);
-    let first = duties(&state, &alive);
-    let outs = first
-        .iter()
-        .filter(|duty| matches!(duty, Duty::Do(Command::DiskOut { .. })))
-        .count();
-    assert_eq!(outs, 1, "{first:?}");
-}
-
 /// What owners do who reach every disk: all replicas are in sync in a moment.
 fn heal(state: &mut State) {
     let names: Vec<_> = state.volumes.keys().cloned().collect();
@@ -236,54 +221,151 @@ fn heal(state: &mut State) {
     }
 }
 
-#[test]
-fn a_drained_node_becomes_empty_though_owners_heal_its_disks_at_once() {
-    let mut state = cluster(4);
-    volume(&mut state, "v", Some(2));
-    let drain = Command::Drain {
-        node: NodeId(1),
-        on: true,
-    };
-    state.apply(&drain).unwrap();
-    let alive = life(&[1, 2, 3, 4].map(|node| (node, Life::Alive)));
-    for _ in 0..20 {
-        for duty in duties(&state, &alive) {
+fn drain(state: &mut State, node: u64) {
+    let (node, on) = (NodeId(node), true);
+    state.apply(&Command::Drain { node, on }).unwrap();
+}
+
+fn copies_everywhere(state: &State, what: &Command) {
+    for (name, volume) in &state.volumes {
+        for slots in &volume.chunks {
+            let in_sync = slots.iter().filter(|slot| slot.state == ReplicaState::InSync);
+            let domains: BTreeSet<_> = in_sync.map(|slot| state.domain_of(slot.disk)).collect();
+            assert!(
+                domains.len() >= volume.mirror as usize,
+                "{name} has fewer copies after {what:?}"
+            );
+        }
+    }
+}
+
+/// Carries out what is to be done until nothing is, while owners heal what they can; no copy may be missing at any time.
+fn move_all(state: &mut State, life: &BTreeMap<NodeId, Life>) {
+    for _ in 0..50 {
+        let duties = duties(state, life);
+        if duties.is_empty() {
+            return;
+        }
+        for duty in duties {
             let (Duty::Take(_, command) | Duty::Do(command)) = duty;
             state.apply(&command).unwrap();
             state.check().unwrap();
-            heal(&mut state);
+            copies_everywhere(state, &command);
         }
+        heal(state);
     }
+    panic!("there is no end of duties");
+}
+
+fn alive(nodes: u64) -> BTreeMap<NodeId, Life> {
+    (1..=nodes).map(|node| (NodeId(node), Life::Alive)).collect()
+}
+
+#[test]
+fn no_copy_is_missing_while_disks_leave() {
+    for leaving in [&[10u128][..], &[10, 11], &[10, 20], &[10, 21, 31]] {
+        let mut state = cluster(4);
+        (1..=3).for_each(|copies| volume_of(&mut state, &format!("v{copies}"), copies, Some(2)));
+        for &disk in leaving {
+            let disk = DiskUuid(disk);
+            state.apply(&Command::DiskLeave { disk }).unwrap();
+        }
+        move_all(&mut state, &alive(4));
+        for &disk in leaving {
+            assert!(
+                !state.disks.contains_key(&Disk(DiskUuid(disk))),
+                "{disk} of {leaving:?}"
+            );
+        }
+        assert_eq!(state.disks.len(), 8 - leaving.len());
+    }
+}
+
+#[test]
+fn three_copies_on_three_nodes_stay_in_their_nodes() {
+    let mut state = cluster(3);
+    volume_of(&mut state, "v", 3, Some(2));
+    let disk = DiskUuid(10);
+    state.apply(&Command::DiskLeave { disk }).unwrap();
+    move_all(&mut state, &alive(3));
+    let mut slots = state.volumes["v"].chunks.iter().flatten();
+    assert!(slots.all(|slot| slot.disk != Disk(disk)));
+}
+
+#[test]
+fn a_drained_node_becomes_empty_one_disk_after_the_other() {
+    let mut state = cluster(4);
+    (1..=3).for_each(|copies| volume_of(&mut state, &format!("v{copies}"), copies, Some(2)));
+    drain(&mut state, 1);
+    let first = duties(&state, &alive(4));
+    let leave = |duty: &&Duty| matches!(duty, Duty::Do(Command::DiskLeave { .. }));
+    assert_eq!(first.iter().filter(leave).count(), 1, "{first:?}");
+    move_all(&mut state, &alive(4));
     assert!(state.disks.values().all(|disk| disk.node != NodeId(1)));
     let remove = Command::RemoveNode { node: NodeId(1) };
     state.apply(&remove).unwrap();
 }
 
 #[test]
-fn a_disk_is_not_given_up_while_the_other_copies_can_not_be_read() {
-    let mut state = cluster(4);
-    volume(&mut state, "v", Some(2));
-    let drain = Command::Drain {
-        node: NodeId(1),
-        on: true,
+fn what_has_nowhere_to_go_stays_as_it_is_and_the_rest_goes() {
+    let mut state = cluster(3);
+    (1..=3).for_each(|copies| volume_of(&mut state, &format!("v{copies}"), copies, Some(2)));
+    drain(&mut state, 1);
+    move_all(&mut state, &alive(3));
+    let on_it = |volume: &str| {
+        let mut slots = state.volumes[volume].chunks.iter().flatten();
+        slots.any(|slot| state.disks[&slot.disk].node == NodeId(1))
     };
-    state.apply(&drain).unwrap();
-    let alone = life(&[
-        (1, Life::Alive),
-        (2, Life::Silent),
-        (3, Life::Silent),
-        (4, Life::Silent),
-    ]);
-    let used: BTreeSet<_> = state.volumes["v"]
-        .chunks
+    assert_eq!(["v1", "v2", "v3"].map(on_it), [false, false, true]);
+    let left: Vec<_> = state
+        .disks
         .iter()
-        .flatten()
-        .map(|slot| slot.disk.0)
+        .filter(|(_, disk)| disk.node == NodeId(1))
         .collect();
-    for duty in duties(&state, &alone) {
-        let Duty::Do(Command::DiskOut { disk }) = duty else {
-            continue;
-        };
-        assert!(!used.contains(&disk), "{disk}");
+    assert!(!left.is_empty() && left.iter().all(|(disk, _)| !leaving::goes(&state, **disk)));
+}
+
+#[test]
+fn nothing_is_removed_while_the_new_copies_can_not_be_reached() {
+    let mut state = cluster(4);
+    volume(&mut state, "v", Some(1));
+    let (disk, mut dark) = (DiskUuid(10), alive(4));
+    state.apply(&Command::DiskLeave { disk }).unwrap();
+    for duty in duties(&state, &dark) {
+        let (Duty::Take(_, command) | Duty::Do(command)) = duty;
+        state.apply(&command).unwrap();
     }
+    heal(&mut state);
+    dark.extend([2, 3, 4].map(|node| (NodeId(node), Life::Silent)));
+    assert_eq!(duties(&state, &dark), []);
+    move_all(&mut state, &alive(4));
+    assert!(!state.disks.contains_key(&Disk(disk)));
+}
+
+#[test]
+fn of_two_lost_nodes_neither_is_chosen_to_be_the_one_without_data() {
+    let mut state = cluster(4);
+    volume(&mut state, "v", None);
+    let before = state.volumes["v"].chunks.clone();
+    let mut dark = alive(4);
+    dark.extend([1, 2].map(|node| (NodeId(node), Life::Lost)));
+    settle(&mut state, &dark);
+    let lost = |slot: &crate::state::Replica| {
+        let record = &state.disks[&slot.disk];
+        matches!(record.node, NodeId(1 | 2))
+    };
+    let mut both = 0;
+    for (now, then) in state.volumes["v"].chunks.iter().zip(&before) {
+        if then.iter().all(|slot| matches!(slot.disk.0.0, 10..=29)) {
+            both += 1;
+            assert_eq!(now, then, "either may come back");
+        } else {
+            assert!(!now.iter().any(lost), "another copy is there");
+        }
+    }
+    assert!(both > 0);
+    heal(&mut state);
+    move_all(&mut state, &alive(4));
+    let mut slots = state.volumes["v"].chunks.iter().flatten();
+    assert!(slots.all(|slot| matches!(slot.disk.0.0, 30..)));
 }

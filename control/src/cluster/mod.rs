@@ -9,7 +9,7 @@
 //! * `peers`: where the other nodes are, and the connections to their disks
 //! * `disks`, `volumes`, `machines`: what the state says of this node's disks, volumes and VMs, and what is done about it
 //! * `proposer`: how proposals reach Raft
-//! * `leader`, `lead`: what is done for the whole cluster by the node that leads, and its thread
+//! * `leader`, `leaving`, `lead`: what is done for the whole cluster by the node that leads, and its thread
 //! * `vms`: what runs the VMs, from outside
 //!
 //! Invariants:
@@ -22,6 +22,7 @@ mod disks;
 mod door;
 mod lead;
 mod leader;
+mod leaving;
 mod machines;
 mod peers;
 mod proposer;
@@ -47,6 +48,8 @@ use crate::state::{Applied, Command, NodeId, Refused};
 pub use config::{ConfigError, JoinToken, NodeConfig, NodeSetup};
 use disks::Disks;
 use door::Inside;
+pub use leader::Life;
+pub use leaving::{disks as disk_duties, goes};
 use machines::Machines;
 use peers::Peers;
 use proposer::Proposer;

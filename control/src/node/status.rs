@@ -12,7 +12,7 @@ use unibody_dataplane::plane::VolumeIndex;
 use super::Node;
 use super::disks;
 use crate::admin::{DiskStatus, NodeStatus, ReactorStatus, VolumeStatus};
-use crate::state::{Disk, State, Volume};
+use crate::state::{Disk, ReplicaState, State, Volume};
 
 impl Node {
     /// Everything there is to know.
@@ -131,7 +131,7 @@ pub(crate) fn volume_status(
     status.rebuilding = u64::from(mirror.rebuilding);
     status.stale = u64::from(mirror.stale + mirror.lost);
     status.regions_to_heal = mirror.regions_unsettled + mirror.regions_to_rebuild;
-    status.state = state(mirror).into();
+    status.state = state(mirror, full(record)).into();
     status.counters = counters(mirror);
     if let Some(export) = export {
         let shared = export.shared();
@@ -149,13 +149,23 @@ pub(crate) fn volume_status(
     status
 }
 
-fn state(mirror: &MirrorStatus) -> &'static str {
+/// Whether every chunk has all the copies it is to have, so that any further ones only move.
+fn full(record: &Volume) -> bool {
+    record.chunks.iter().all(|slots| {
+        let in_sync = slots.iter().filter(|slot| slot.state == ReplicaState::InSync);
+        in_sync.count() >= record.mirror as usize
+    })
+}
+
+/// `full`: as the state has it, everything is in sync that is to be.
+fn state(mirror: &MirrorStatus, full: bool) -> &'static str {
     match mirror.phase {
         Phase::New | Phase::Attaching => "attaching",
         Phase::Draining | Phase::Detached => "offline",
         Phase::Fenced => "fenced",
         Phase::Failed => "failed",
         Phase::Serving if mirror.unavailable > 0 => "unavailable",
+        Phase::Serving if full && mirror.lost == 0 && mirror.degraded => "moving",
         Phase::Serving if mirror.rebuilding > 0 => "healing",
         Phase::Serving if mirror.degraded => "degraded",
         Phase::Serving => "healthy",

@@ -32,7 +32,8 @@ const UNPROVEN_MAX: usize = 64;
 pub struct Timing {
     /// Between two signs of life of the leader.
     pub heartbeat: Duration,
-    /// Least and longest silence of the leader before an election.
+    /// Least and longest time that a node lets pass before it asks for votes, once the leader has been silent for the longest:
+    /// until then nobody votes for another one.
     pub election: (Duration, Duration),
     /// Silence after which a voter gives its place to a learner.
     pub dead_after: Duration,
@@ -48,7 +49,7 @@ impl Default for Timing {
     fn default() -> Self {
         Timing {
             heartbeat: Duration::from_millis(300),
-            election: (Duration::from_millis(1500), Duration::from_millis(3000)),
+            election: (Duration::from_millis(750), Duration::from_millis(1250)),
             dead_after: Duration::from_secs(30),
             propose: Duration::from_secs(15),
             snapshot_every: 2000,

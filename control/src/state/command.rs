@@ -101,6 +101,12 @@ pub enum Command {
         #[serde(with = "disk_uuid")]
         disk: DiskUuid,
     },
+    /// Nothing new goes to a disk; what is in sync on it stays so until it is in sync elsewhere. Since format 3.
+    DiskLeave {
+        /// The disk.
+        #[serde(with = "disk_uuid")]
+        disk: DiskUuid,
+    },
     /// What the disk completed before may be lost though the machine kept its power.
     Distrust {
         /// The disk.
@@ -218,6 +224,49 @@ pub enum Command {
         #[serde(with = "moves")]
         to: Vec<(u32, DiskUuid)>,
     },
+    /// Give chunks one replica more, to take the place of the one on a disk that leaves. Since format 3.
+    AddReplicas {
+        /// Name.
+        name: String,
+        /// The generation the plan was made in.
+        generation: u32,
+        /// The configuration it was made from.
+        config: u32,
+        /// The disk that leaves.
+        #[serde(with = "disk_uuid")]
+        from: DiskUuid,
+        /// For each chunk the disk that gets the new one.
+        #[serde(with = "moves")]
+        to: Vec<(u32, DiskUuid)>,
+    },
+    /// Remove replicas on a disk that leaves, where there is one more than needed. Since format 3.
+    RemoveReplicas {
+        /// Name.
+        name: String,
+        /// The generation the plan was made in.
+        generation: u32,
+        /// The configuration it was made from.
+        config: u32,
+        /// The disk that leaves.
+        #[serde(with = "disk_uuid")]
+        disk: DiskUuid,
+        /// The chunks.
+        chunks: Vec<u32>,
+    },
+    /// Replicas on a disk that is lost count no more; each of their chunks has another one that is in sync. Since format 3.
+    GiveUp {
+        /// Name.
+        name: String,
+        /// The generation the plan was made in.
+        generation: u32,
+        /// The configuration it was made from.
+        config: u32,
+        /// The disk.
+        #[serde(with = "disk_uuid")]
+        disk: DiskUuid,
+        /// The chunks.
+        chunks: Vec<u32>,
+    },
     /// Define a VM.
     CreateVm {
         /// Name.
@@ -225,12 +274,30 @@ pub enum Command {
         /// What it is.
         vm: VmSpec,
     },
-    /// Define it anew.
+    /// Define it anew, and say whether it is to run. Before format 3 for either; it undoes what was changed meanwhile.
     UpdateVm {
         /// Name.
         name: String,
         /// What it is now.
         vm: VmSpec,
+    },
+    /// Define it anew; whether it is to run stays as it is. Since format 3.
+    DescribeVm {
+        /// Name.
+        name: String,
+        /// As in [`VmSpec`].
+        definition: String,
+        /// As in [`VmSpec`].
+        memory: u64,
+        /// As in [`VmSpec`].
+        volumes: Vec<String>,
+    },
+    /// It is to run, or not to; what it is stays as it is. Since format 3.
+    RunVm {
+        /// Name.
+        name: String,
+        /// Whether it is to run.
+        run: bool,
     },
     /// Forget a VM that is nowhere.
     DeleteVm {
@@ -263,7 +330,10 @@ impl Command {
             | Command::Revoke { name, .. }
             | Command::Handover { name, .. }
             | Command::Propose { name, .. }
-            | Command::Move { name, .. } => Some(name),
+            | Command::Move { name, .. }
+            | Command::AddReplicas { name, .. }
+            | Command::RemoveReplicas { name, .. }
+            | Command::GiveUp { name, .. } => Some(name),
             _ => None,
         }
     }

@@ -21,7 +21,7 @@ pub struct DiskRecord {
     pub domain: String,
     /// Bytes for data.
     pub bytes: u64,
-    /// Taken out for good: nothing is placed on it any more.
+    /// It leaves for good: nothing is placed on it any more, and what is on it gets another place.
     pub out: bool,
     /// Boot in which its node opened it last; zero: the node does not say.
     #[serde(default, with = "hex_u128")]
@@ -84,16 +84,18 @@ impl State {
         self.disks.get_mut(&Disk(disk)).ok_or(Refused::NoDisk(Disk(disk)))
     }
 
-    /// A disk may change its domain only where no chunk on it has another replica there.
+    /// A disk may change its domain only where no chunk on it has another replica there; what leaves does not count.
     fn check_domain(&self, disk: DiskUuid, domain: &str) -> Result<(), Refused> {
-        if !self.disks.contains_key(&Disk(disk)) {
+        if self.leaves(Disk(disk)) {
             return Ok(());
         }
         let clashes = |slots: &Vec<Replica>| {
             slots.iter().any(|slot| slot.disk.0 == disk)
-                && slots
-                    .iter()
-                    .any(|slot| slot.disk.0 != disk && self.domain_of(slot.disk) == Some(domain))
+                && slots.iter().any(|slot| {
+                    slot.disk.0 != disk
+                        && !self.leaves(slot.disk)
+                        && self.domain_of(slot.disk) == Some(domain)
+                })
         };
         let clash = self
             .volumes

@@ -3,7 +3,7 @@
 //! [`State::apply`] is the only way to change it. It is pure and deterministic: equal commands on equal states give equal
 //! states and answers, so that a Raft log of commands can drive it as well as one node's file. A command that is refused
 //! changes nothing. The rules that no caller may be trusted with are listed where they are enforced: `volumes` (replicas
-//! and owners), `nodes`, `disks`, `vms`. `command` has what can be asked, `ids` the form of identities in JSON.
+//! and owners), `moves`, `nodes`, `disks`, `vms`. `command` has what can be asked, `ids` the form of identities in JSON.
 //!
 //! Absent: clocks, randomness, hash order, I/O. Placement is planned elsewhere (`planner`) and comes inside the commands;
 //! who is alive is judged elsewhere (`raft`) and comes as commands too.
@@ -11,6 +11,7 @@
 mod command;
 mod disks;
 mod ids;
+mod moves;
 mod nodes;
 mod vms;
 mod volumes;
@@ -30,7 +31,7 @@ pub use vms::{DEFINITION_MAX, VM_VOLUMES_MAX, VMS_MAX, Vm};
 pub use volumes::{Replica, ReplicaState, VOLUME_BYTES_MAX, VOLUMES_MAX, Volume};
 
 /// Version of the serialised form of states and commands.
-pub const FORMAT: u32 = 2;
+pub const FORMAT: u32 = 3;
 
 /// Everything.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -87,6 +88,11 @@ impl State {
     /// # Errors
     /// When a rule forbids it.
     pub fn apply(&mut self, command: &Command) -> Result<Applied, Refused> {
+        let seen = |name, generation, config| moves::Seen {
+            name,
+            generation,
+            config,
+        };
         match command {
             Command::AddNode { .. } => self.add_node(command),
             Command::NodeUp {
@@ -110,6 +116,10 @@ impl State {
             Command::DiskOut { disk } => {
                 self.disk_mut(*disk)?.out = true;
                 self.give_up_on(Disk(*disk));
+                Ok(Applied::Done)
+            }
+            Command::DiskLeave { disk } => {
+                self.disk_mut(*disk)?.out = true;
                 Ok(Applied::Done)
             }
             Command::Distrust { disk, salt } => {
@@ -143,9 +153,37 @@ impl State {
                 config,
                 from,
                 to,
-            } => self.move_replicas(name, (*generation, *config), *from, to),
+            } => self.move_replicas(seen(name, *generation, *config), *from, to),
+            Command::AddReplicas {
+                name,
+                generation,
+                config,
+                from,
+                to,
+            } => self.add_replicas(seen(name, *generation, *config), *from, to),
+            Command::RemoveReplicas {
+                name,
+                generation,
+                config,
+                disk,
+                chunks,
+            } => self.remove_replicas(seen(name, *generation, *config), *disk, chunks),
+            Command::GiveUp {
+                name,
+                generation,
+                config,
+                disk,
+                chunks,
+            } => self.give_up(seen(name, *generation, *config), *disk, chunks),
             Command::CreateVm { name, vm } => self.create_vm(name, vm),
             Command::UpdateVm { name, vm } => self.update_vm(name, vm),
+            Command::DescribeVm {
+                name,
+                definition,
+                memory,
+                volumes,
+            } => self.describe_vm(name, definition, *memory, volumes),
+            Command::RunVm { name, run } => self.run_vm(name, *run),
             Command::DeleteVm { name } => self.delete_vm(name),
             Command::PlaceVm { name, node, epoch } => self.place_vm(name, *node, *epoch),
             Command::Batch(commands) => self.batch(commands),
@@ -180,7 +218,10 @@ impl State {
     /// Brings a state that was read to the present format.
     pub(crate) fn upgrade(&mut self) {
         // What format 2 added reads as empty from format 1.
-        if self.format == 1 {
+        if self.format < 3 {
+            for vm in self.vms.values_mut().filter(|vm| vm.node.is_some()) {
+                vm.held = vm.spec.memory;
+            }
             self.format = FORMAT;
         }
     }

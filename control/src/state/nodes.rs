@@ -136,8 +136,10 @@ impl State {
             .collect();
         for (name, volume) in &self.volumes {
             for slots in &volume.chunks {
-                let there = slots.iter().filter(|slot| after[&slot.disk] == domain);
-                if let Some(disk) = slots.iter().map(|slot| slot.disk).find(follows)
+                let staying = slots.iter().map(|slot| slot.disk);
+                let staying = staying.filter(|disk| !self.leaves(*disk));
+                let there = staying.clone().filter(|disk| after[disk] == domain);
+                if let Some(disk) = staying.clone().find(follows)
                     && there.count() > 1
                 {
                     return Err(Refused::Domain {

@@ -28,6 +28,17 @@ pub struct Vm {
     pub node: Option<NodeId>,
     /// Counts its placements.
     pub epoch: u32,
+    /// Most bytes that it was defined with since it was placed: so much it may have there, whatever it is defined as now.
+    /// Since format 3.
+    #[serde(default)]
+    pub held: u64,
+}
+
+impl Vm {
+    /// Bytes that are promised to it where it is.
+    pub fn memory(&self) -> u64 {
+        self.spec.memory.max(self.held)
+    }
 }
 
 impl State {
@@ -48,7 +59,7 @@ impl State {
             .vms
             .iter()
             .filter(|(other, vm)| vm.node == Some(node) && *other != name);
-        let used = placed.fold(0u64, |sum, (_, vm)| sum.saturating_add(vm.spec.memory));
+        let used = placed.fold(0u64, |sum, (_, vm)| sum.saturating_add(vm.memory()));
         let has = self.nodes.get(&node).map_or(0, |node| node.memory);
         has.saturating_sub(used)
     }
@@ -66,21 +77,51 @@ impl State {
             spec: spec.clone(),
             node: None,
             epoch: 0,
+            held: 0,
         };
         self.vms.insert(name.to_owned(), vm);
         Ok(Applied::Done)
     }
 
     pub(super) fn update_vm(&mut self, name: &str, spec: &VmSpec) -> Result<Applied, Refused> {
+        self.define_vm(name, spec.clone(), |vm| vm.spec.memory)
+    }
+
+    pub(super) fn describe_vm(
+        &mut self,
+        name: &str,
+        definition: &str,
+        memory: u64,
+        volumes: &[String],
+    ) -> Result<Applied, Refused> {
         let vm = self.vms.get(name).ok_or_else(|| Refused::NoVm(name.to_owned()))?;
-        self.check_vm(name, spec)?;
+        let spec = VmSpec {
+            definition: definition.to_owned(),
+            memory,
+            volumes: volumes.to_vec(),
+            run: vm.spec.run,
+        };
+        self.define_vm(name, spec, Vm::memory)
+    }
+
+    /// `held` says what it holds where it is, once it is defined anew.
+    fn define_vm(&mut self, name: &str, spec: VmSpec, held: fn(&Vm) -> u64) -> Result<Applied, Refused> {
+        let vm = self.vms.get(name).ok_or_else(|| Refused::NoVm(name.to_owned()))?;
+        self.check_vm(name, &spec)?;
         // What a VM has already it may keep, even on a node that has less memory than it had.
-        if let Some(node) = vm.node.filter(|_| spec.memory > vm.spec.memory) {
+        if let Some(node) = vm.node.filter(|_| spec.memory > vm.memory()) {
             self.check_memory(node, name, spec.memory)?;
         }
         if let Some(vm) = self.vms.get_mut(name) {
-            vm.spec = spec.clone();
+            vm.spec = spec;
+            vm.held = vm.node.map_or(0, |_| held(vm));
         }
+        Ok(Applied::Done)
+    }
+
+    pub(super) fn run_vm(&mut self, name: &str, run: bool) -> Result<Applied, Refused> {
+        let vm = self.vms.get_mut(name);
+        vm.ok_or_else(|| Refused::NoVm(name.to_owned()))?.spec.run = run;
         Ok(Applied::Done)
     }
 
@@ -113,6 +154,11 @@ impl State {
             self.check_memory(id, name, vm.spec.memory)?;
         }
         if let Some(vm) = self.vms.get_mut(name) {
+            // Where it goes it is started as it is defined now; where it stays it may be running still.
+            vm.held = match node.is_some() && node == vm.node {
+                true => vm.memory(),
+                false => node.map_or(0, |_| vm.spec.memory),
+            };
             vm.node = node;
             vm.epoch = vm.epoch.wrapping_add(1);
         }

@@ -1,9 +1,9 @@
 //! Volumes: their replicas, their owners, and the rules of changing both.
 //!
-//! * The last in-sync replica of a chunk is never made stale or moved.
+//! * The last in-sync replica of a chunk is never made stale, moved or removed.
 //! * While a volume is attached only its present generation, from its present configuration, changes its slots. (An
 //!   operator who takes a disk out changes them too, always towards stale; the configuration number tells the owner.)
-//! * The replicas of a chunk are on distinct failure domains.
+//! * The replicas of a chunk are on distinct failure domains, those aside that are on disks that leave (`moves`).
 //! * A replica becomes in-sync only from rebuilding (or stays so, with a new boot recorded), and only with the boot that its
 //!   disk has now, where the disk's node reports boots.
 //!
@@ -463,66 +463,6 @@ impl State {
         Ok(Outcome::Committed(volume.to_config()))
     }
 
-    pub(super) fn move_replicas(
-        &mut self,
-        name: &str,
-        (generation, config): (u32, u32),
-        from: DiskUuid,
-        to: &[(u32, DiskUuid)],
-    ) -> Result<Applied, Refused> {
-        let volume = self.volume(name)?;
-        if (generation, config) != (volume.generation, volume.config) {
-            return Err(overtaken(name));
-        }
-        let fail = |chunk, why| {
-            Err(Refused::Placement {
-                chunk,
-                why: Cow::Borrowed(why),
-            })
-        };
-        for &(chunk, target) in to {
-            let Some(slots) = volume.chunks.get(chunk as usize) else {
-                return fail(chunk, "there is no such chunk");
-            };
-            let Some(old) = slots.iter().find(|slot| slot.disk == Disk(from)) else {
-                return fail(chunk, "it has no replica on that disk");
-            };
-            if old.state == ReplicaState::InSync {
-                return fail(chunk, "the replica to be moved is in sync");
-            }
-            let Some(record) = self.usable(target) else {
-                return fail(
-                    chunk,
-                    "the new disk does not exist, was taken out or its node is being drained",
-                );
-            };
-            let domain = |slot: &Replica| self.domain_of(slot.disk);
-            let clash = slots
-                .iter()
-                .filter(|slot| slot.disk != Disk(from))
-                .any(|slot| slot.disk == Disk(target) || domain(slot) == Some(self.domain_of_record(record)));
-            if clash {
-                return fail(chunk, "two replicas would be in one failure domain");
-            }
-        }
-        let volume = self.volume_mut(name)?;
-        volume.config += 1;
-        let incarnation = volume.config;
-        for &(chunk, target) in to {
-            let slot = volume.chunks[chunk as usize]
-                .iter_mut()
-                .find(|slot| slot.disk == Disk(from));
-            // A chunk named twice finds its replica gone the second time.
-            if let Some(slot) = slot {
-                *slot = Replica {
-                    state: ReplicaState::Stale,
-                    ..fresh(target, incarnation)
-                };
-            }
-        }
-        Ok(Applied::Volume(Box::new(volume.to_config())))
-    }
-
     /// What must hold of the volumes of every state.
     pub(super) fn check_volumes(&self) -> Result<(), String> {
         for (name, volume) in &self.volumes {
@@ -551,9 +491,12 @@ impl State {
                 if !disks.iter().all(|disk| self.disks.contains_key(disk)) {
                     return fail("a replica on an unknown disk");
                 }
-                let domains: BTreeSet<_> = disks.iter().map(|disk| self.domain_of(*disk)).collect();
-                if domains.len() != disks.len() {
+                if !self.apart(slots) {
                     return fail("two replicas of a chunk in one failure domain");
+                }
+                let spare = slots.len().wrapping_sub(volume.mirror as usize);
+                if spare > 1 || spare == 1 && !disks.iter().any(|disk| self.leaves(*disk)) {
+                    return fail("a chunk with another number of replicas than the volume has copies");
                 }
                 if !slots.iter().any(|slot| slot.state == ReplicaState::InSync) {
                     return fail("a chunk without an in-sync replica");
@@ -564,7 +507,7 @@ impl State {
     }
 }
 
-fn overtaken(name: &str) -> Refused {
+pub(super) fn overtaken(name: &str) -> Refused {
     Refused::Overtaken {
         name: name.to_owned(),
     }
@@ -577,7 +520,7 @@ fn check_size(size: u64) -> Result<(), Refused> {
     Ok(())
 }
 
-fn fresh(disk: DiskUuid, incarnation: u32) -> Replica {
+pub(super) fn fresh(disk: DiskUuid, incarnation: u32) -> Replica {
     Replica {
         disk: Disk(disk),
         state: ReplicaState::InSync,

@@ -9,9 +9,9 @@
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::Arc;
 
-use unibody_control::planner;
+use unibody_control::cluster::{Life, disk_duties};
 use unibody_control::state::Applied;
-use unibody_control::state::{Command, Disk, State};
+use unibody_control::state::{Command, Disk, NodeId, ReplicaState, State};
 use unibody_dataplane::config::Outcome;
 use unibody_dataplane::planted::{self, Bug};
 
@@ -413,7 +413,7 @@ impl Cluster {
         let Some(volume) = state.volumes.get(NAME) else {
             return;
         };
-        let (generation, config, owner) = (volume.generation, volume.config, volume.owner);
+        let (generation, owner) = (volume.generation, volume.owner);
         if let Some(owner) = owner {
             let owner = owner.0 as usize - 1;
             let last = self
@@ -440,34 +440,26 @@ impl Cluster {
                 return;
             }
         }
-        let mut wishes = Vec::new();
-        let state = &self.sites[leader].state;
-        for drive in &self.drives {
-            let Some(record) = state.disks.get(&Disk(drive.uuid)) else {
-                continue;
-            };
-            let lost = self.sites[drive.node]
-                .gone
-                .is_some_and(|since| self.now - since > OUT);
-            if lost && !record.out {
-                wishes.push(Command::DiskOut { disk: drive.uuid });
-                continue;
-            }
-            let to = planner::plan_moves(state, NAME, drive.uuid, !record.out);
-            if !to.is_empty() && self.raft.pending.is_empty() {
-                wishes.push(Command::Move {
-                    name: NAME.into(),
-                    generation,
-                    config,
-                    from: drive.uuid,
-                    to,
-                });
-                break;
-            }
+        if !self.raft.pending.is_empty() {
+            return;
         }
-        for command in wishes {
-            if matches!(command, Command::Move { .. }) {
-                self.count("replicas moved");
+        let life = |node: NodeId| {
+            let node = node.0 as usize - 1;
+            match self.sites[node].gone {
+                Some(since) if self.now - since > OUT => Life::Lost,
+                _ if self.talk(leader, node) => Life::Alive,
+                _ => Life::Silent,
+            }
+        };
+        for command in disk_duties(&self.sites[leader].state, &life) {
+            match command {
+                // What is on a disk that nobody needs does not matter, and there may be a use for its number.
+                Command::ForgetDisk { .. } => continue,
+                Command::Move { .. } => self.count("replicas moved"),
+                Command::AddReplicas { .. } => self.count("replicas added"),
+                Command::RemoveReplicas { .. } => self.count("replicas removed"),
+                Command::GiveUp { .. } => self.count("replicas given up"),
+                _ => {}
             }
             self.append(Entry {
                 token: None,
@@ -477,11 +469,18 @@ impl Cluster {
         }
     }
 
-    /// A disk or node was declared gone for good everywhere.
+    /// A node was declared gone for good: nobody waits any longer for what is on it.
     pub(super) fn declared(&self, node: usize) -> bool {
-        self.drives
+        let state = &self.raft.state;
+        let mut drives = self
+            .drives
             .iter()
-            .filter(|drive| drive.node == node && !drive.gone)
-            .all(|drive| self.raft.state.disks[&Disk(drive.uuid)].out)
+            .filter(|drive| drive.node == node && !drive.gone);
+        drives.all(|drive| {
+            let disk = Disk(drive.uuid);
+            let mut slots = state.volumes[NAME].chunks.iter().flatten();
+            state.disks[&disk].out
+                && !slots.any(|slot| slot.disk == disk && slot.state != ReplicaState::Stale)
+        })
     }
 }

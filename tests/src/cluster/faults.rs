@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 
-use unibody_control::state::{Command, ReplicaState};
+use unibody_control::state::{Command, Disk, ReplicaState};
 use unibody_dataplane::ids::{BootId, PowerId};
 use unibody_dataplane::mirror::Phase;
 use unibody_dataplane::store::{OpenOptions, Store};
@@ -259,6 +259,34 @@ impl Cluster {
         self.open_drive(self.drives.len() - 1)
     }
 
+    /// A disk is taken out that could go on, and an empty one put in beside it.
+    fn retire(&mut self, drive: usize) -> Checked {
+        let disk = self.drives[drive].uuid;
+        let leaves = self.raft.state.disks[&Disk(disk)].out;
+        if self.drives[drive].store.is_none() || leaves || self.drives.len() > 12 {
+            return Ok(());
+        }
+        note!(self, "disk {drive} is taken out");
+        self.count("disk taken out");
+        self.commit_now(Command::DiskLeave { disk });
+        self.add_drive(self.drives[drive].node);
+        self.open_drive(self.drives.len() - 1)
+    }
+
+    /// The owner hears nobody, and nobody hears it.
+    fn exile(&mut self) {
+        let Some(id) = self.serving() else { return };
+        let owner = self.owners[&id].node;
+        let others = (0..self.sites.len()).filter(|&other| other != owner);
+        let pairs = others.flat_map(|other| [(owner, other), (other, owner)]);
+        let pairs = pairs.collect();
+        self.count("owner cut off from all");
+        let cut = self.fresh();
+        self.cuts.insert(cut, pairs);
+        let delay = self.random.range(12_000_000, 20_000_000);
+        self.after(delay, Event::Mend { cut });
+    }
+
     /// A node is gone for good. Until that is declared nothing else happens.
     fn lose_node(&mut self, node: usize) -> Checked {
         let on: Vec<usize> = (0..self.drives.len())
@@ -306,6 +334,13 @@ impl Cluster {
         );
         let (leader, stall, leave) = (happens(p.leader), happens(p.stall), happens(p.leave));
         let (loss, destroy, gone) = (happens(p.disk_loss), happens(p.destroy), happens(p.gone));
+        let (retire, zombie) = (happens(p.retire), happens(p.zombie));
+        if zombie && self.cuts.is_empty() {
+            self.exile();
+        }
+        if retire {
+            self.retire(drive)?;
+        }
         if cut {
             self.cut();
         }

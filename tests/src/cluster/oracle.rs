@@ -1,6 +1,7 @@
 //! A whole run, and what must hold when its faults have ended.
 
-use unibody_control::state::ReplicaState;
+use unibody_control::cluster::goes;
+use unibody_control::state::{Replica, ReplicaState};
 use unibody_dataplane::ids::{ChunkKey, Version};
 use unibody_dataplane::mirror::{OpKind, Phase};
 use unibody_dataplane::replica::{ChunkRef, ExtentImage, Header, Reply, Request};
@@ -68,8 +69,17 @@ impl Cluster {
             && self.raft.state.volumes[NAME]
                 .chunks
                 .iter()
-                .flatten()
-                .all(|slot| slot.state == ReplicaState::InSync)
+                .all(|slots| self.placed(slots))
+    }
+
+    /// As many copies as there are to be, all in sync, none on a disk that was taken out if there is another place.
+    fn placed(&self, slots: &[Replica]) -> bool {
+        let state = &self.raft.state;
+        slots.len() == state.volumes[NAME].mirror as usize
+            && slots.iter().all(|slot| {
+                let leaves = state.disks[&slot.disk].out;
+                slot.state == ReplicaState::InSync && !(leaves && goes(state, slot.disk))
+            })
     }
 
     fn ailing(&self) -> String {

@@ -50,7 +50,14 @@ pub struct Profile {
     pub gone: u64,
     /// The owner lets go.
     pub leave: u64,
+    /// A disk is taken out that could go on: what is on it moves.
+    pub retire: u64,
+    /// The owner hears nobody for up to twenty seconds, and nobody hears it.
+    pub zombie: u64,
 }
+
+/// One seed in so many is a run in which owners go on reading alone while others have taken their volume.
+const ZOMBIES: u64 = 16;
 
 impl Profile {
     /// The profile of a seed.
@@ -82,7 +89,7 @@ impl Profile {
             ..Base::calm(seed)
         };
         let mut rate = |common: u64, of: u64| if r.below(of) == 0 { common } else { 0 };
-        Profile {
+        let drawn = Profile {
             seed,
             base,
             nodes,
@@ -109,11 +116,46 @@ impl Profile {
             lag: r.pick(&[100, 5_000, 500_000]),
             lost_answer: r.pick(&[0, 20, 4]),
             credits: r.pick(&[2, 8, 64]),
+            retire: if r.below(3) == 0 { 6_000 } else { 0 },
+            zombie: 0,
+        };
+        match seed % ZOMBIES {
+            7 => drawn.zombies(),
+            _ => drawn,
+        }
+    }
+
+    /// Nearly only reads, of the same few blocks, on both sides of a partition that outlasts every lease: whoever reads there
+    /// without one reads what is no longer true. Any write would hang, and soon nothing would be left that reads.
+    fn zombies(self) -> Self {
+        let (ops, depth) = (600, 8);
+        let base = Base {
+            mirror: 2,
+            ops,
+            depth,
+            think: 1_500_000,
+            hot: 1,
+            spread: 2,
+            mix: (93, 1, 1),
+            slow: 0,
+            latency: (20, 60),
+            io_timeout_ms: 0,
+            ..self.base
+        };
+        Profile {
+            base,
+            zombie: 10_000,
+            retire: 0,
+            ..self.without_faults()
         }
     }
 
     /// A run without any fault.
     pub fn calm(seed: u64) -> Self {
+        Profile::draw(seed).without_faults()
+    }
+
+    fn without_faults(self) -> Self {
         Profile {
             kill: 0,
             power: 0,
@@ -128,7 +170,9 @@ impl Profile {
             destroy: 0,
             gone: 0,
             leave: 0,
-            ..Profile::draw(seed)
+            retire: 0,
+            zombie: 0,
+            ..self
         }
     }
 }
