@@ -66,15 +66,19 @@ fn take(state: &State, node: NodeId, life: &impl Fn(NodeId) -> Life) -> Vec<Comm
     let mut commands: Vec<_> = revoked.collect();
     let mut room = Room::of(state, life);
     for (name, vm) in &state.vms {
-        if vm.node == Some(node) && vm.spec.run {
-            // Without room it stays where it is, and is looked at again.
-            if let Some(to) = room.take(vm.spec.memory, None) {
-                commands.push(Command::PlaceVm {
-                    name: name.clone(),
-                    node: Some(to),
-                    epoch: vm.epoch,
-                });
-            }
+        if vm.node == Some(node) {
+            // What is to stop, or has room nowhere, has no place from now on: with the place kept, its volumes would be
+            // handed to a node that is gone. Room is looked for again each round.
+            let to = if vm.spec.run {
+                room.take(vm.spec.memory, None)
+            } else {
+                None
+            };
+            commands.push(Command::PlaceVm {
+                name: name.clone(),
+                node: to,
+                epoch: vm.epoch,
+            });
         }
     }
     commands.truncate(crate::state::BATCH_MAX);
