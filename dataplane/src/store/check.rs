@@ -1,10 +1,13 @@
-//! Checking a disk offline: every structure, every record, every block. Nothing is written.
+//! Checking a disk offline: every structure, every record, every block that holds data and every one that must be zero.
+//! Nothing is written, and memory does not grow with the disk's data.
 
 use std::collections::BTreeMap;
 use std::fmt;
 
-use super::codec::{ChunkState, RECORD, Record, Superblock};
+use super::codec::{ChunkState, RECORD, RECORDS_PER_PAGE, Record, Superblock};
+use super::layout::Layout;
 use super::load::{LoadError, load};
+use super::slots::WINDOW;
 use crate::disk::{BlockIo, IoError};
 use crate::ids::{BLOCK, DiskUuid, EXTENT, EXTENTS_PER_REGION};
 use crate::replica::ChunkRef;
@@ -67,6 +70,23 @@ pub enum Finding {
         /// The block.
         block: u8,
     },
+    /// A block without data of an extent is not zero, outside the regions that a crash left in doubt: if it became valid
+    /// and a crash took its data, these bytes could be taken for it.
+    Hole {
+        /// The chunk.
+        chunk: ChunkRef,
+        /// The extent.
+        extent: u16,
+        /// The block.
+        block: u8,
+    },
+    /// A free slot is not zero: its next extent could come by the bytes of another volume.
+    FreeSlot {
+        /// The slot.
+        slot: u32,
+        /// The first such block.
+        block: u8,
+    },
     /// A block can not be read.
     Unreadable {
         /// First byte on the disk.
@@ -124,6 +144,15 @@ impl fmt::Display for Finding {
                     f,
                     "{chunk:?} extent {extent} block {block}: the data does not match its checksum"
                 )
+            }
+            Finding::Hole { chunk, extent, block } => {
+                write!(
+                    f,
+                    "{chunk:?} extent {extent} block {block}: it has no data and is not zero"
+                )
+            }
+            Finding::FreeSlot { slot, block } => {
+                write!(f, "slot {slot} is free and its block {block} is not zero")
             }
             Finding::Unreadable { offset } => write!(f, "the disk can not read the block at byte {offset}"),
             Finding::Suspect { chunk } => {
@@ -257,9 +286,16 @@ fn walk(
     let slots = loaded.layout.superblock.slots;
     let mut data = vec![0; EXTENT];
     loaded.scan(io, |io, first, page, _| {
+        let mut free = Vec::with_capacity(RECORDS_PER_PAGE);
         for (slot, bytes) in loaded.layout.slots_of(first).zip(page.chunks_exact(RECORD)) {
             let record = match Record::decode(&loaded.seed, slot, bytes) {
-                Ok(Record::Free) => continue,
+                Ok(Record::Free) => {
+                    // Of the announced windows an opening zeroes what is free.
+                    if !loaded.windows.contains(&(slot / WINDOW)) {
+                        free.push(slot);
+                    }
+                    continue;
+                }
                 Ok(Record::Quarantined) => {
                     report.quarantined += 1;
                     continue;
@@ -286,40 +322,43 @@ fn walk(
             let region = usize::from(record.extent) / EXTENTS_PER_REGION;
             let doubtful =
                 (entry.dirty | entry.in_doubt) >> region & 1 == 1 || entry.state == ChunkState::Dropping;
-            if record.image.valid == 0 {
+            let offset = loaded.layout.block_at(slot, 0);
+            if record.image.valid == 0 && (doubtful || io.known_zero(offset, EXTENT as u64)) {
                 continue;
             }
-            let offset = loaded.layout.block_at(slot, 0);
-            let whole = match io.read(offset, &mut data) {
-                Ok(()) => true,
-                Err(IoError::Media) => false,
-                Err(e) => return Err(e),
-            };
+            let whole = readable(io.read(offset, &mut data))?;
             for (b, block) in data.chunks_exact_mut(BLOCK).enumerate() {
-                if record.image.valid >> b & 1 == 0 {
+                let valid = record.image.valid >> b & 1 == 1;
+                if !valid && doubtful {
                     continue;
                 }
-                report.blocks += 1;
+                report.blocks += u64::from(valid);
                 let offset = offset + (b * BLOCK) as u64;
-                let readable = whole
-                    || match io.read(offset, block) {
-                        Ok(()) => true,
-                        Err(IoError::Media) => false,
-                        Err(e) => return Err(e),
-                    };
-                if !readable {
+                let (chunk, extent, b) = (record.chunk, record.extent, b as u8);
+                if !whole && !readable(io.read(offset, block))? {
                     findings.push(Finding::Unreadable { offset });
-                } else if crate::checksum::crc32c(block) == record.image.crcs[b] {
+                } else if !valid {
+                    if *block != ZERO {
+                        findings.push(Finding::Hole {
+                            chunk,
+                            extent,
+                            block: b,
+                        });
+                    }
+                } else if crate::checksum::crc32c(block) == record.image.crcs[usize::from(b)] {
                 } else if doubtful {
                     report.in_doubt += 1;
                 } else {
                     findings.push(Finding::Block {
-                        chunk: record.chunk,
-                        extent: record.extent,
-                        block: b as u8,
+                        chunk,
+                        extent,
+                        block: b,
                     });
                 }
             }
+        }
+        for run in free.chunk_by(|a, b| a + 1 == *b) {
+            free_slots(io, &loaded.layout, run, &mut data, findings)?;
         }
         progress(u64::from(loaded.layout.slots_of(first).end), slots);
         Ok(())
@@ -334,6 +373,48 @@ fn walk(
                 found,
                 expected: entry.extents,
             });
+        }
+    }
+    Ok(())
+}
+
+const ZERO: [u8; BLOCK] = [0; BLOCK];
+
+/// Whether a read yielded something; a disk that failed ends the check.
+fn readable(read: Result<(), IoError>) -> Result<bool, IoError> {
+    match read {
+        Ok(()) => Ok(true),
+        Err(IoError::Media) => Ok(false),
+        Err(e) => Err(e),
+    }
+}
+
+/// Free slots next to each other: each must be zero. What was never written, or given back, is not read.
+fn free_slots(
+    io: &mut dyn BlockIo,
+    layout: &Layout,
+    run: &[u32],
+    data: &mut [u8],
+    findings: &mut Findings,
+) -> Result<(), IoError> {
+    if io.known_zero(layout.block_at(run[0], 0), (run.len() * EXTENT) as u64) {
+        return Ok(());
+    }
+    for &slot in run {
+        let offset = layout.block_at(slot, 0);
+        if io.known_zero(offset, EXTENT as u64) {
+            continue;
+        }
+        let whole = readable(io.read(offset, data))?;
+        let mut full = false;
+        for (b, block) in data.chunks_exact_mut(BLOCK).enumerate() {
+            let offset = offset + (b * BLOCK) as u64;
+            if !whole && !readable(io.read(offset, block))? {
+                findings.push(Finding::Unreadable { offset });
+            } else if *block != ZERO && !full {
+                full = true;
+                findings.push(Finding::FreeSlot { slot, block: b as u8 });
+            }
         }
     }
     Ok(())

@@ -1,6 +1,6 @@
 //! Reading a disk's metadata: what opening and checking have in common. Nothing is written here.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use super::check::{Finding, Findings};
 use super::codec::{
@@ -8,6 +8,7 @@ use super::codec::{
     RecordDamaged, Seed, SuperError, Superblock, VOLUME_ENTRY, VolumeEntry,
 };
 use super::layout::{CHUNKS_PER_BLOCK, Layout, VOLUMES_PER_BLOCK};
+use super::slots::WINDOW;
 use crate::disk::{BlockIo, IoError};
 use crate::ids::BLOCK;
 
@@ -44,8 +45,8 @@ pub(super) struct Loaded {
     pub(super) volumes: Vec<VolumeEntry>,
     /// Records that the journal changed.
     pub(super) overlay: BTreeMap<u32, [u8; RECORD]>,
-    /// Windows that slots may have been taken from.
-    pub(super) windows: Vec<u32>,
+    /// Windows that slots may have been taken from: their free slots may hold anything.
+    pub(super) windows: BTreeSet<u32>,
     /// Blocks replayed.
     pub(super) replayed: u64,
     /// Higher than any block that was ever written.
@@ -89,7 +90,7 @@ pub(super) fn load(io: &mut dyn BlockIo, findings: &mut Findings) -> Result<Load
             chunks,
             volumes,
             overlay: BTreeMap::new(),
-            windows: header.windows.to_vec(),
+            windows: header.windows.into_iter().collect(),
             replayed: 0,
             next_sequence: header.tail + 1,
             rot,
@@ -243,7 +244,11 @@ fn replay(io: &mut dyn BlockIo, loaded: &mut Loaded, findings: &mut Findings) ->
                 Some(place) => *place = entry,
                 None => fits = false,
             },
-            Entry::Window { window, .. } => windows.push(window),
+            // No more are kept than the disk has, whatever the journal says.
+            Entry::Window { window, .. } if u64::from(window) * u64::from(WINDOW) < slots => {
+                windows.insert(window);
+            }
+            Entry::Window { .. } => fits = false,
         });
         if !read || !fits {
             nonsense = true;

@@ -39,6 +39,8 @@ mod tables;
 #[cfg(test)]
 mod tests;
 #[cfg(test)]
+mod tests_check;
+#[cfg(test)]
 mod tests_crash;
 #[cfg(test)]
 mod tests_disk;

@@ -38,6 +38,9 @@ pub struct OpenOptions {
     pub cache_bytes: usize,
 }
 
+/// Sentences about damage in an [`OpenReport`].
+const DAMAGE_MAX: usize = 1000;
+
 /// What was found when the disk was opened.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct OpenReport {
@@ -157,7 +160,6 @@ impl Store {
         io.flush()?;
         let mut scanned = scan(io, &mut loaded, &mut findings)?;
         read_back(io, &loaded)?;
-        zero_windows(io, &mut loaded, &scanned.slots)?;
         let damaged = loaded.rot || !scanned.damaged.is_empty();
         let mut report = OpenReport {
             clean: loaded.header.clean,
@@ -166,10 +168,16 @@ impl Store {
             replayed_blocks: loaded.replayed,
             pages_home: scanned.pages_home,
             extents: scanned.extents,
-            damage: findings.kept.iter().take(1000).map(ToString::to_string).collect(),
+            damage: findings
+                .kept
+                .iter()
+                .take(DAMAGE_MAX)
+                .map(ToString::to_string)
+                .collect(),
             ..OpenReport::default()
         };
         let mut dropping = 0;
+        let mut missed = damaged;
         for chunk in &mut scanned.tables.chunks {
             let entry = &mut chunk.entry;
             if entry.state == ChunkState::Free {
@@ -183,10 +191,13 @@ impl Store {
                 .count() as u32;
             if damaged || found != entry.extents {
                 if found != entry.extents {
-                    report.damage.push(format!(
-                        "chunk {:?} has {found} extents and should have {}",
-                        entry.chunk, entry.extents
-                    ));
+                    missed = true;
+                    if report.damage.len() < DAMAGE_MAX {
+                        report.damage.push(format!(
+                            "chunk {:?} has {found} extents and should have {}",
+                            entry.chunk, entry.extents
+                        ));
+                    }
                 }
                 entry.extents = found;
                 entry.suspect = true;
@@ -200,6 +211,11 @@ impl Store {
             report.suspect |= entry.suspect;
         }
         report.suspect |= damaged;
+        if missed {
+            // Records are gone, and which is not known: any slot without one may hold an extent's bytes.
+            loaded.windows = (0..scanned.slots.windows()).collect();
+        }
+        zero_windows(io, &loaded, &scanned.slots)?;
         let area = 1 - loaded.area;
         let sequence = loaded.header.sequence + 1;
         let tail = loaded.next_sequence;
@@ -343,13 +359,8 @@ fn scan(
 }
 
 /// Zeroes the free slots of the windows: a write whose record was lost may have reached them. Durable with the commit.
-fn zero_windows(io: &mut dyn BlockIo, loaded: &mut Loaded, slots: &Slots) -> Result<(), IoError> {
-    loaded.windows.sort_unstable();
-    loaded.windows.dedup();
-    for &window in &loaded.windows {
-        if window >= slots.windows() {
-            continue;
-        }
+fn zero_windows(io: &mut dyn BlockIo, loaded: &Loaded, slots: &Slots) -> Result<(), IoError> {
+    for &window in loaded.windows.range(..slots.windows()) {
         let first = window * WINDOW;
         let end = (u64::from(first) + u64::from(WINDOW)).min(loaded.layout.superblock.slots) as u32;
         let mut slot = first;

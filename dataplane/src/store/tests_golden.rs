@@ -142,7 +142,7 @@ const GOLDEN: [&str; 4] = [
 ];
 
 /// A closed disk with a few extents.
-fn filled() -> (SimDisk, layout::Layout) {
+pub(super) fn filled() -> (SimDisk, layout::Layout) {
     let (mut rig, _) = Rig::open(formatted(8 << 20, 64 << 10), 1);
     rig.ask(header(1, 0), Request::Seal);
     rig.ask(header(1, 0), Request::CreateChunk(chunk(0, 1)));
@@ -202,7 +202,10 @@ fn check_finds_each_kind_of_damage() {
         first.encode(&seed, 1, &mut d.live[at + RECORD..at + 2 * RECORD]);
     });
     assert_eq!(twice.1, Some(Finding::Twice { slots: [0, 1] }));
-    let missing = verdict(&|d, l| d.live[page(l)..page(l) + RECORD].fill(0));
+    let missing = verdict(&|d, l| {
+        d.live[page(l)..page(l) + RECORD].fill(0);
+        d.live[l.block_at(0, 0) as usize..][..EXTENT].fill(0);
+    });
     assert!(matches!(
         missing.1,
         Some(Finding::Count {
