@@ -77,6 +77,8 @@ impl Scene {
     /// Carries out the effects: disks that are not silent answer at once, proposals are committed.
     fn play(&mut self) {
         while !self.out.is_empty() {
+            // Seals are answered last: nothing may follow one before its answer.
+            let mut seals = Vec::new();
             for effect in std::mem::take(&mut self.out) {
                 match effect {
                     Effect::Send {
@@ -87,7 +89,7 @@ impl Scene {
                     } if !self.silent.contains(&disk) => {
                         let d = usize::from(disk.0);
                         if request == Request::Seal {
-                            self.obeys[d] = header.generation;
+                            seals.push((d, header.generation, id));
                         } else {
                             assert_eq!(header.generation, self.obeys[d], "a store would refuse that");
                             self.heard[d] = header.stable;
@@ -98,13 +100,7 @@ impl Scene {
                         }
                         self.rotten &= !(d == 1 && matches!(request, Request::Install { .. }));
                         let reply = match request {
-                            Request::Seal => Reply::Sealed(Box::new(Sealed {
-                                disk: self.mirror.disk(disk),
-                                boot: BOOT,
-                                power: PowerId(6),
-                                suspect: false,
-                                chunks: Vec::new(),
-                            })),
+                            Request::Seal => continue,
                             Request::Digest { .. } => Reply::Digest {
                                 in_doubt: false,
                                 extents: Box::new(self.digests(d, &request)),
@@ -135,6 +131,18 @@ impl Scene {
                     }
                     _ => {}
                 }
+            }
+            for (d, generation, id) in seals {
+                self.obeys[d] = generation;
+                let sealed = Sealed {
+                    disk: self.mirror.disk(DiskIndex(d as u16)),
+                    boot: BOOT,
+                    power: PowerId(6),
+                    suspect: false,
+                    chunks: Vec::new(),
+                };
+                self.mirror
+                    .replied(id, Reply::Sealed(Box::new(sealed)), &mut self.out);
             }
         }
     }

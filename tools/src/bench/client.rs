@@ -71,11 +71,6 @@ impl Client {
             .alloc_mem_region((usize::from(count) * len).next_multiple_of(1 << 21))
             .with_context(wrong)?;
         blkio.map_mem_region(&memory).with_context(wrong)?;
-        // Kept for its end: see `Client`.
-        #[expect(
-            clippy::arc_with_non_send_sync,
-            reason = "who uses a client in another thread: see there"
-        )]
         let device = Arc::new(blkio);
         let clients = started.poll_queues.drain(..).enumerate();
         Ok(clients
