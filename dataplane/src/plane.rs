@@ -92,7 +92,8 @@ pub enum Event {
     },
     /// A disk has answered nothing for too long.
     Silent(DiskIndex),
-    /// Half of a generation's versions are used: attach the volume anew soon.
+    /// A quarter of a generation's versions are used: take the next one for the same owner, and say so with
+    /// [`Plane::renewed`]. Comes again until then.
     NewGeneration(VolumeIndex),
     /// A reactor wants a connection to a node ([`Plane::dial`] makes one): its link is new, or has just lost the one it had.
     /// Comes once for each connection; a control thread that does not succeed tries again by itself, and waits a little where
@@ -188,6 +189,7 @@ pub(crate) enum Command {
     AddVolume(VolumeIndex, VolumeConfig, Vec<DiskUp>),
     Decided(VolumeIndex, Outcome),
     Reconfigured(VolumeIndex, VolumeConfig),
+    Renewed(VolumeIndex, VolumeConfig),
     /// Quiesce, flush, forget.
     RemoveVolume(VolumeIndex, mpsc::Sender<()>),
     StartQueue(QueueKey, VolumeIndex, Box<Queue>),
@@ -407,6 +409,11 @@ impl Plane {
     /// Tells the owner of a change that it did not propose.
     pub fn reconfigured(&self, index: VolumeIndex, config: VolumeConfig) {
         self.send(self.home(index.0), Command::Reconfigured(index, config));
+    }
+
+    /// Tells the owner that it was given the next generation: it goes on under that one.
+    pub fn renewed(&self, index: VolumeIndex, config: VolumeConfig) {
+        self.send(self.home(index.0), Command::Renewed(index, config));
     }
 
     /// Begins to end owning a volume: what is in flight ends, everything is flushed. Its queues must have been stopped. The

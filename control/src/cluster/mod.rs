@@ -167,7 +167,9 @@ pub(crate) enum Input {
     /// The front ends and the owner of a volume have ended.
     Quiet(VolumeIndex),
     /// A volume's contents have a new name.
-    Renewed(VolumeIndex, u128, Result<Applied, Refused>),
+    Renamed(VolumeIndex, u128, Result<Applied, Refused>),
+    /// The next generation of a volume was taken for its present owner, or was not.
+    Renewed(VolumeIndex, (VolumeId, u32), Result<Applied, Refused>),
     /// The lease was renewed.
     Leased(Lease),
     /// Work on a VM has ended.
@@ -418,9 +420,12 @@ impl Agent {
             Input::Decided(index, of, outcome) => {
                 self.volumes.decided(&self.ground, index, of, outcome);
             }
+            Input::Renewed(index, of, outcome) => {
+                self.volumes.generation_renewed(&self.ground, index, of, outcome);
+            }
             Input::Quiet(index) => self.volumes.quiet(&self.ground, index),
-            Input::Renewed(index, instance, outcome) => {
-                self.volumes.renewed(index, instance, &outcome);
+            Input::Renamed(index, instance, outcome) => {
+                self.volumes.renamed(index, instance, &outcome);
             }
             Input::Leased(lease) => {
                 // Everything that was taken from this node before the lease was granted has been looked at now.

@@ -51,17 +51,30 @@ enum Stage {
     Ending(After),
 }
 
+/// Whether a new generation is being taken for the same owner.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Renewal {
+    No,
+    Asked,
+    /// And a proposal of the owner was refused meanwhile, which tells nothing about it: it was made in the name of the old one.
+    Refused,
+}
+
 struct Held {
     name: String,
     id: VolumeId,
     index: VolumeIndex,
     generation: u32,
+    /// The generation that it was taken under.
+    since: u32,
     config: u32,
     size: u64,
     stage: Stage,
     /// It is not let go before then because the node is being drained.
     kept_until: Option<Instant>,
     instance: Option<u128>,
+    /// Its next generation is asked for, under a running guest.
+    renewal: Renewal,
     export: Option<Export>,
     /// Serving it failed, and was said.
     complained: bool,
@@ -120,6 +133,14 @@ impl Volumes {
             let ours = record.is_some_and(|record| {
                 record.owner == Some(ground.me) && record.generation == held.generation
             });
+            let renewed = held.renewal != Renewal::No
+                && record.is_some_and(|record| {
+                    record.owner == Some(ground.me) && record.generation == held.generation + 1
+                });
+            if renewed {
+                // The answer to what this node asked for is on its way.
+                continue;
+            }
             if let (true, Some(record)) = (ours, record) {
                 if record.config > held.config {
                     held.config = record.config;
@@ -205,11 +226,13 @@ impl Volumes {
             id: config.id,
             index,
             generation: config.generation.0,
+            since: config.generation.0,
             config: config.config,
             size: config.size,
             stage: Stage::Attaching,
             kept_until,
             instance: None,
+            renewal: Renewal::No,
             export: None,
             complained: false,
         });
@@ -231,10 +254,11 @@ impl Volumes {
         &mut self,
         ground: &Ground,
         index: VolumeIndex,
-        of: (VolumeId, u32),
+        (id, generation): (VolumeId, u32),
         outcome: Result<Applied, Refused>,
     ) {
-        let Some(held) = self.held(index).filter(|held| (held.id, held.generation) == of) else {
+        let of = |held: &&mut Held| held.id == id && (held.since..=held.generation).contains(&generation);
+        let Some(held) = self.held(index).filter(of) else {
             return;
         };
         let outcome = match outcome {
@@ -242,6 +266,10 @@ impl Volumes {
             // The volume was deleted.
             _ => Outcome::Fenced,
         };
+        if outcome == Outcome::Fenced && held.renewal == Renewal::Asked {
+            held.renewal = Renewal::Refused;
+            return;
+        }
         if let Outcome::Committed(config) | Outcome::Moved(config) = &outcome {
             held.config = held.config.max(config.config);
         }
@@ -264,11 +292,11 @@ impl Volumes {
         held.stage = Stage::Renewing;
         let (name, instance) = (held.name.clone(), crate::raft::random());
         ground.propose(Command::Renew { name, instance }, move |outcome| {
-            Input::Renewed(index, instance, outcome)
+            Input::Renamed(index, instance, outcome)
         });
     }
 
-    pub(crate) fn renewed(&mut self, index: VolumeIndex, instance: u128, outcome: &Result<Applied, Refused>) {
+    pub(crate) fn renamed(&mut self, index: VolumeIndex, instance: u128, outcome: &Result<Applied, Refused>) {
         if let Some(held) = self.held(index).filter(|held| held.stage == Stage::Renewing)
             && outcome.is_ok()
         {
@@ -311,10 +339,58 @@ impl Volumes {
         }
     }
 
-    /// Half of a generation's versions are used: the next one is taken.
+    /// The owner of a volume runs out of versions: the next generation is taken for it, and its guest notices nothing.
     pub(crate) fn renew_generation(&mut self, ground: &Ground, index: VolumeIndex) {
-        // Let go and, being healed by whoever leads, taken again.
-        self.end(ground, index, After::Release);
+        let Some(held) = self
+            .held(index)
+            .filter(|held| held.renewal == Renewal::No && !matches!(held.stage, Stage::Ending(_)))
+        else {
+            return;
+        };
+        held.renewal = Renewal::Asked;
+        let (of, generation) = ((held.id, held.generation), held.generation);
+        let command = Command::Attach {
+            name: held.name.clone(),
+            node: ground.me,
+            generation,
+        };
+        ground.propose(command, move |outcome| Input::Renewed(index, of, outcome));
+    }
+
+    /// The outcome of that.
+    pub(crate) fn generation_renewed(
+        &mut self,
+        ground: &Ground,
+        index: VolumeIndex,
+        of: (VolumeId, u32),
+        outcome: Result<Applied, Refused>,
+    ) {
+        let Some(held) = self.held(index).filter(|held| (held.id, held.generation) == of) else {
+            return;
+        };
+        let refused = std::mem::replace(&mut held.renewal, Renewal::No) == Renewal::Refused;
+        let config = match outcome {
+            Ok(Applied::Volume(config)) => Some(*config),
+            // It may have been taken all the same, and the number of the proposal forgotten.
+            _ => {
+                let view = ground.cluster.view();
+                let record = view.state.volumes.get(&held.name);
+                let ours = record.filter(|record| {
+                    (record.id, record.owner, record.generation)
+                        == (held.id.0, Some(ground.me), held.generation + 1)
+                });
+                ours.map(|record| record.to_config())
+            }
+        };
+        if let Some(config) = config {
+            (held.generation, held.config) = (config.generation.0, config.config);
+            ground.plane.renewed(index, config.clone());
+            if refused {
+                ground.plane.decided(index, Outcome::Moved(config));
+            }
+        } else if refused {
+            ground.plane.decided(index, Outcome::Fenced);
+        }
     }
 
     /// The owner in the data plane has ended by itself.

@@ -386,10 +386,7 @@ impl Node {
             Event::Attached { .. } => {}
             // A node by itself asks for no links.
             Event::Dial { .. } => {}
-            Event::NewGeneration(volume) => self.say(
-                volume,
-                "restart the node soon: half of this owner's versions are used",
-            ),
+            Event::NewGeneration(volume) => self.renew_generation(volume),
             Event::Fenced(volume) => self.say(volume, "another owner has it: all its I/O fails here"),
             Event::Failed(volume) => self.say(
                 volume,

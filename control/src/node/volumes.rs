@@ -56,6 +56,28 @@ impl Node {
         Ok(())
     }
 
+    /// The owner of a volume runs out of versions: it goes on under the next generation. If that can not be recorded it asks
+    /// again, and has versions left for long.
+    pub(super) fn renew_generation(&mut self, index: VolumeIndex) {
+        let found = self.volumes.get(usize::from(index.0)).and_then(Option::as_ref);
+        let Some(volume) = found else { return };
+        let name = volume.name.clone();
+        // It may have been deleted.
+        let Some(record) = self.control.state().volumes.get(&name) else {
+            return;
+        };
+        let generation = record.generation;
+        let command = Command::Attach {
+            name,
+            node: NodeId::LOCAL,
+            generation,
+        };
+        match self.execute_volume(&command) {
+            Ok(config) => self.plane.renewed(index, config),
+            Err(error) => eprintln!("unibody: {}", chain(&error)),
+        }
+    }
+
     /// What names a volume's contents to front ends: a guest that goes on after a restart of this process is served only if
     /// it is the same. Drawn anew for each process if the contents do not outlive it, and for good if power was lost under
     /// every in-sync replica of a chunk: writes that the guest was promised may be gone.

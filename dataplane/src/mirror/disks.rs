@@ -6,7 +6,7 @@
 //! Flushing: `seq` counts the writes that any replica answered. A flush of a disk covers all up to the `seq` at which it
 //! was sent; at most one is out per disk and all who wait share it.
 
-use crate::ids::{BootId, DiskUuid, PowerId, Version};
+use crate::ids::{BootId, DiskUuid, Generation, PowerId, Version};
 use crate::planted::{self, Bug};
 use crate::replica::{Reply, Request, Sealed, Status};
 
@@ -54,6 +54,8 @@ pub(super) enum Purpose {
 pub(super) struct Pending {
     turn: u16,
     pub(super) disk: u16,
+    /// In whose name it was asked; only of a seal it is looked at.
+    generation: Generation,
     pub(super) incarnation: u32,
     pub(super) purpose: Purpose,
 }
@@ -66,6 +68,10 @@ pub(super) struct Disk {
     pub(super) uuid: DiskUuid,
     up: bool,
     pub(super) sealed: bool,
+    /// It is sealed, and being sealed with the next generation (`renew`).
+    pub(super) resealing: bool,
+    /// Requests that wait until they may go out.
+    pub(super) held: u32,
     pub(super) boot: BootId,
     pub(super) power: PowerId,
     pub(super) suspect: bool,
@@ -73,7 +79,7 @@ pub(super) struct Disk {
     pub(super) near: bool,
     /// Requests out.
     pub(super) out: u32,
-    progress: u64,
+    pub(super) progress: u64,
     abandoned: bool,
     /// Replicas here whose flush counts: in sync, or rebuilding.
     pub(super) counted: u32,
@@ -82,7 +88,7 @@ pub(super) struct Disk {
     flushing: bool,
     flush_again: bool,
     /// What it was last told of `stable`; a seal tells nothing, and may have reached a boot that knows nothing yet.
-    heard: Version,
+    pub(super) heard: Version,
     /// It was lost with acknowledged writes unflushed.
     pub(super) lost_unflushed: bool,
 }
@@ -96,6 +102,8 @@ impl Mirror {
             uuid,
             up: false,
             sealed: false,
+            resealing: false,
+            held: 0,
             boot: BootId::default(),
             power: PowerId::default(),
             suspect: false,
@@ -132,6 +140,7 @@ impl Mirror {
         self.disks[d].up = false;
         self.disks[d].abandoned = false;
         self.lose_disk(d, out);
+        self.drop_held(Some(d), out);
         for i in 0..self.requests.len() {
             if self.requests.is_used(i) && usize::from(self.requests[i].disk) == d {
                 let pending = self.requests[i];
@@ -167,22 +176,28 @@ impl Mirror {
         let pending = &mut self.requests[i];
         pending.turn = pending.turn.wrapping_add(1);
         (pending.disk, pending.incarnation, pending.purpose) = (disk, incarnation, purpose);
+        pending.generation = self.generation;
         let turn = u32::from(pending.turn) & 0xfff;
-        let state = &mut self.disks[usize::from(disk)];
-        if state.out == 0 {
-            state.progress = self.now;
+        let id = RequestId(turn << PLACE_BITS | i);
+        if self.must_wait(disk, purpose) {
+            self.hold(disk, id, request);
+        } else {
+            self.emit(disk, id, request, out);
         }
-        state.out += 1;
-        state.heard = match purpose {
-            Purpose::Seal => Version::ZERO,
-            _ => self.stable,
-        };
-        out.push(Effect::Send {
-            disk: DiskIndex(disk),
-            id: RequestId(turn << PLACE_BITS | i),
-            header: self.header(),
-            request,
-        });
+    }
+
+    /// The disk that a request which is out or held is for.
+    pub(super) fn pending_disk(&self, id: RequestId) -> u16 {
+        self.requests[id.0 & ((1 << PLACE_BITS) - 1)].disk
+    }
+
+    /// A request that was held ends without having been sent.
+    pub(super) fn unsent(&mut self, id: RequestId, out: &mut Vec<Effect>) {
+        let i = id.0 & ((1 << PLACE_BITS) - 1);
+        let pending = self.requests[i];
+        self.requests[i].purpose = Purpose::Nothing;
+        self.requests.give(i);
+        self.over(pending, None, out);
     }
 
     /// Sends a request to the replica in a slot.
@@ -235,6 +250,8 @@ impl Mirror {
         match pending.purpose {
             Purpose::Nothing | Purpose::Drop => {}
             Purpose::Seal => match reply {
+                // The generation has changed since: what the disk has obeyed is not enough any more.
+                Some(Reply::Sealed(_)) if pending.generation != self.generation => self.seal(d, out),
                 Some(Reply::Sealed(sealed)) => self.sealed(d, &sealed, out),
                 Some(_) => self.counts.odd += 1,
                 None => {}
@@ -273,6 +290,7 @@ impl Mirror {
         }
         (disk.sealed, disk.boot, disk.power, disk.suspect) =
             (true, sealed.boot, sealed.power, sealed.suspect);
+        disk.resealing = false;
         if planted::on(Bug::OldBootIsSame) {
             disk.lost_unflushed = false;
         }
@@ -283,7 +301,7 @@ impl Mirror {
     pub(super) fn lose_disk(&mut self, d: usize, out: &mut Vec<Effect>) {
         let disk = &mut self.disks[d];
         if disk.sealed {
-            disk.sealed = false;
+            (disk.sealed, disk.resealing) = (false, false);
             disk.lost_unflushed = disk.counted > 0 && disk.last_write > disk.flushed_to;
             self.lose_replicas(d as u16);
         }
@@ -424,7 +442,7 @@ impl Mirror {
                 // is what tells, and must stay.
                 self.stable
             } else if self.oldest == NIL {
-                Version::new(self.config.generation, self.counter)
+                Version::new(self.generation, self.counter)
             } else {
                 Version(self.pieces[self.oldest].since.0 - 1)
             };

@@ -12,7 +12,9 @@
 //! * `disks`: sealing, loss, silence and flushing of the disks that replicas are on.
 //! * `chunks`: which replicas of a chunk are trusted, at attach, after a return and after a new configuration.
 //! * `propose`: what is asked of the control state, one proposal at a time.
+//! * `renew`: a new generation under a running guest, before the versions of the present one are used up.
 //! * `foresee`: which replicas a request will ask, so that memory can be fetched ahead.
+//! * `scrub`: the turn of each region to be verified.
 //! * `sync` and `plan`: making the replicas of one region equal, for attach, rebuild and repair alike.
 //!
 //! Bounds: `Limits::ops` operations, [`WINDOW`] pieces for each, a request per piece and replica, `Limits::sync` regions
@@ -28,6 +30,8 @@ mod locks;
 mod ops;
 mod plan;
 mod propose;
+mod renew;
+mod scrub;
 mod slab;
 mod sync;
 #[cfg(test)]
@@ -36,7 +40,7 @@ mod tests;
 use std::collections::VecDeque;
 
 use crate::config::{Outcome, Proposal, VolumeConfig};
-use crate::ids::{DiskUuid, Version};
+use crate::ids::{DiskUuid, Generation, Version};
 use crate::memory::{Arena, Payload};
 use crate::replica::{Header, Reply, Request};
 
@@ -152,7 +156,8 @@ pub enum Effect {
         /// Which.
         disk: DiskIndex,
     },
-    /// Half of the versions of this generation are used: attach anew soon.
+    /// A quarter of the versions of this generation are used: take the next one for this owner and say so with
+    /// [`Mirror::renewed`]. Comes again from time to time until then.
     NewGeneration,
     /// Another owner has the volume. All operations have failed; no more I/O.
     Fenced,
@@ -181,8 +186,10 @@ pub struct Limits {
     pub unstable_ms: u64,
     /// How many acknowledged bytes may stay unflushed.
     pub unstable_bytes: u64,
-    /// Period of a full verification of all replicas; zero: none.
+    /// Every region is verified once in so long, see `scrub`; zero: none is.
     pub scrub_ms: u64,
+    /// So many versions of a generation are used before the next one is asked for, and twice as many at most.
+    pub versions: u64,
 }
 
 impl Default for Limits {
@@ -197,6 +204,7 @@ impl Default for Limits {
             unstable_ms: 1_000,
             unstable_bytes: 64 << 20,
             scrub_ms: 0,
+            versions: 1 << (Version::COUNTER_BITS - 2),
         }
     }
 }
@@ -245,6 +253,12 @@ pub struct MirrorStatus {
     pub bytes_synced: u64,
     /// Blocks found bad by reads and answered from elsewhere.
     pub read_repairs: u64,
+    /// Regions that were read and compared on all replicas, because it was their turn or a read had found a bad block.
+    pub regions_verified: u64,
+    /// Blocks of in-sync replicas that were found bad or different, and written anew.
+    pub blocks_repaired: u64,
+    /// Generations that were taken under a running guest.
+    pub renewals: u64,
     /// Blocks whose content was adopted after all replicas lost power (one content for all, reported).
     pub blocks_adopted: u64,
     /// Blocks recorded lost.
@@ -285,7 +299,11 @@ pub struct Mirror {
     oldest: u32,
     newest: u32,
     counter: u64,
+    // A new generation, see `renew`: the one that replicas obey, requests that wait for it.
+    generation: Generation,
     asked_generation: bool,
+    quiescing: bool,
+    held: VecDeque<(RequestId, Request)>,
     /// Reads need no confirmation.
     leased: bool,
     confirms: u32,
@@ -306,7 +324,8 @@ pub struct Mirror {
     buffer: Option<Arena>,
     first: VecDeque<(u32, u8)>,
     work: VecDeque<u32>,
-    scrub_chunk: u32,
+    /// The region whose turn it is next, and since when it is due.
+    scrub_next: u64,
     scrub_at: u64,
     // Control.
     proposed: Option<Proposal>,
@@ -326,6 +345,9 @@ pub struct Mirror {
 struct Counts {
     bytes_synced: u64,
     read_repairs: u64,
+    verified: u64,
+    repaired: u64,
+    renewals: u64,
     adopted: u64,
     lost: u64,
     last_damaged: Option<(u32, u32)>,
@@ -363,7 +385,10 @@ impl Mirror {
             oldest: slab::NIL,
             newest: slab::NIL,
             counter: 0,
+            generation: config.generation,
             asked_generation: false,
+            quiescing: false,
+            held: VecDeque::new(),
             leased: true,
             confirms: 0,
             seq: 0,
@@ -380,7 +405,7 @@ impl Mirror {
             buffer: None,
             first: VecDeque::new(),
             work: VecDeque::new(),
-            scrub_chunk: 0,
+            scrub_next: 0,
             scrub_at: 0,
             proposed: None,
             wish: false,
@@ -475,8 +500,10 @@ impl Mirror {
         if self.now >= self.retry_at {
             self.retry_at = self.now + 1_000;
             self.retry();
+            self.asked_generation = false;
+            self.watch_versions(out);
         }
-        self.scrub_step();
+        self.scrub();
         self.look |= self.phase == Phase::Attaching;
         self.wish = true;
         self.pump(out);
@@ -492,6 +519,7 @@ impl Mirror {
             Phase::Attaching | Phase::Serving => {
                 let attached = self.phase == Phase::Serving;
                 self.phase = Phase::Draining;
+                self.stop_renewing();
                 for op in 0..self.limits.ops {
                     if !attached {
                         self.cancel(op, OpError::Gone, out);
@@ -521,6 +549,11 @@ impl Mirror {
             if self.wish {
                 self.wish = false;
                 self.propose(out);
+            }
+            if self.quiescing {
+                self.switch_generation(out);
+            } else if !self.held.is_empty() {
+                self.let_through(out);
             }
             if self.runnable.is_empty() && !self.look {
                 break;
@@ -571,24 +604,23 @@ impl Mirror {
         for op in 0..self.limits.ops {
             self.cancel(op, OpError::Gone, out);
         }
+        self.quiescing = false;
+        self.drop_held(None, out);
         self.pump(out);
     }
 
     fn header(&self) -> Header {
         Header {
             volume: self.config.id,
-            generation: self.config.generation,
+            generation: self.generation,
             stable: self.stable,
         }
     }
 
     fn next_version(&mut self, out: &mut Vec<Effect>) -> Version {
         self.counter += 1;
-        if self.counter > 1 << 38 && !self.asked_generation {
-            self.asked_generation = true;
-            out.push(Effect::NewGeneration);
-        }
-        Version::new(self.config.generation, self.counter)
+        self.watch_versions(out);
+        Version::new(self.generation, self.counter)
     }
 
     /// A summary of the present state. Walks all chunks: not for the hot path.
@@ -605,6 +637,9 @@ impl Mirror {
             regions_to_rebuild: 0,
             bytes_synced: self.counts.bytes_synced,
             read_repairs: self.counts.read_repairs,
+            regions_verified: self.counts.verified,
+            blocks_repaired: self.counts.repaired,
+            renewals: self.counts.renewals,
             blocks_adopted: self.counts.adopted,
             blocks_lost: self.counts.lost,
             last_damaged: self.counts.last_damaged,

@@ -163,7 +163,7 @@ pub(super) struct Op {
     left: u32,
     held: u32,
     /// When something last went forward.
-    progress: u64,
+    pub(super) progress: u64,
 }
 
 impl Default for Op {
@@ -1070,7 +1070,8 @@ impl Mirror {
     // ---- giving up -------------------------------------------------------------------------------------------------
 
     pub(super) fn watch_ops(&mut self, out: &mut Vec<Effect>) {
-        if self.limits.io_timeout_ms == 0 || self.ops_live == 0 {
+        // While the next generation is waited for nothing is late.
+        if self.limits.io_timeout_ms == 0 || self.ops_live == 0 || self.quiescing {
             return;
         }
         for id in 0..self.limits.ops {

@@ -147,9 +147,11 @@ impl Mirror {
         let (config, committed) = match outcome {
             Outcome::Committed(config) => (config, true),
             Outcome::Moved(config) => (config, false),
+            // It was this owner that took the next generation meanwhile.
+            Outcome::Fenced if proposal.generation < self.config.generation => (self.config.clone(), false),
             Outcome::Fenced => return self.end(Phase::Fenced, out),
         };
-        if config.generation != self.config.generation {
+        if config.generation > self.config.generation {
             return self.end(Phase::Fenced, out);
         }
         let (uuid, chunks) = match &proposal.change {

@@ -588,6 +588,7 @@ impl Mirror {
             self.tasks[t].installed |= in_sync && !mends;
             self.tasks[t].mended |= in_sync && mends;
             self.counts.bytes_synced += u64::from(write.count_ones()) * BLOCK as u64;
+            self.counts.repaired += u64::from(in_sync) * u64::from(write.count_ones());
             let request = Request::Install {
                 chunk: self.chunk_ref(c, slot),
                 extent,
@@ -616,6 +617,7 @@ impl Mirror {
     fn equal(&mut self, t: usize, out: &mut Vec<Effect>) {
         let (c, region, members) = (self.tasks[t].chunk, self.tasks[t].region, self.tasks[t].members);
         let bit = 1u64 << region;
+        self.counts.verified += u64::from(self.tasks[t].verify);
         let chunk = &mut self.chunks[c as usize];
         self.unsettled -= u64::from(chunk.unsettled & bit != 0);
         chunk.unsettled &= !bit;
@@ -675,22 +677,6 @@ impl Mirror {
                 self.give_up(t, out);
             }
         }
-    }
-
-    /// Lets the next chunk be verified when it is due.
-    pub(super) fn scrub_step(&mut self) {
-        if self.limits.scrub_ms == 0
-            || self.phase != Phase::Serving
-            || self.now < self.scrub_at
-            || self.chunks.is_empty()
-        {
-            return;
-        }
-        self.scrub_at = self.now + self.limits.scrub_ms / self.chunks.len() as u64;
-        let c = self.scrub_chunk % self.chunks.len() as u32;
-        self.scrub_chunk = c + 1;
-        self.chunks[c as usize].check = !0;
-        self.queue_work(c);
     }
 }
 

@@ -34,10 +34,23 @@ struct Scene {
     done: Vec<(OpId, Result<(), OpError>, bool)>,
     /// What each disk was last told to be stable.
     heard: [Version; 3],
+    /// The generation that each disk obeys, and the newest version it was given.
+    obeys: [Generation; 3],
+    newest: [Version; 3],
+    /// No new generation is to be had.
+    no_majority: bool,
+    /// The second disk's copy of the first block rotted, which only a digest that looks can tell.
+    rotted: bool,
+    /// Writes whenever a seal is out.
+    guest: Option<Arena>,
 }
 
 impl Scene {
     fn new() -> Self {
+        Self::with(Limits::default())
+    }
+
+    fn with(limits: Limits) -> Self {
         let slot = |n| Slot {
             disk: DiskUuid(n),
             state: SlotState::InSync,
@@ -55,7 +68,7 @@ impl Scene {
             chunks: vec![vec![slot(1), slot(2)]],
         };
         let mut scene = Scene {
-            mirror: Mirror::new(config.clone(), Limits::default()),
+            mirror: Mirror::new(config.clone(), limits),
             config,
             out: Vec::new(),
             silent: Vec::new(),
@@ -68,6 +81,11 @@ impl Scene {
             sealed_by_another: Vec::new(),
             done: Vec::new(),
             heard: [Version::ZERO; 3],
+            obeys: [Generation(0); 3],
+            newest: [Version::ZERO; 3],
+            no_majority: false,
+            rotted: false,
+            guest: None,
         };
         for disk in [1, 2] {
             scene.mirror.disk_up(DiskUuid(disk), true, &mut scene.out);
@@ -80,6 +98,8 @@ impl Scene {
     /// Carries out the effects: disks that are not silent answer at once, proposals are committed.
     fn play(&mut self) {
         while !self.out.is_empty() {
+            // Seals are answered last: nothing may follow one before its answer.
+            let mut seals = Vec::new();
             for effect in std::mem::take(&mut self.out) {
                 match effect {
                     Effect::Send {
@@ -88,7 +108,8 @@ impl Scene {
                         header,
                         request,
                     } if !self.silent.contains(&disk) => {
-                        self.flushes[usize::from(disk.0)] += u32::from(request == Request::Flush);
+                        let d = usize::from(disk.0);
+                        self.flushes[d] += u32::from(request == Request::Flush);
                         let lost = match request {
                             Request::Write { .. } => &self.writes_lost,
                             Request::Flush => &self.flushes_lost,
@@ -97,23 +118,27 @@ impl Scene {
                         if lost.contains(&disk) {
                             continue;
                         }
-                        if request != Request::Seal {
-                            self.heard[usize::from(disk.0)] = header.stable;
+                        if request == Request::Seal {
+                            seals.push((d, header.generation, id));
+                        } else {
+                            assert_eq!(header.generation, self.obeys[d], "a store would refuse that");
+                            self.heard[d] = header.stable;
                         }
+                        if let Request::Write { version, .. } = request {
+                            assert!(version > self.newest[d], "versions grow");
+                            self.newest[d] = version;
+                        }
+                        self.rotted &= !(d == 1 && matches!(request, Request::Install { .. }));
                         let reply = match request {
-                            Request::Seal => Reply::Sealed(Box::new(Sealed {
-                                disk: self.mirror.disk(disk),
-                                boot: BOOT,
-                                power: PowerId(6),
-                                suspect: false,
-                                chunks: self.held_by(self.mirror.disk(disk)),
-                            })),
+                            Request::Seal => continue,
                             Request::Digest { .. } => Reply::Digest {
                                 in_doubt: false,
-                                extents: Box::new([ExtentDigest::default(); EXTENTS_PER_REGION]),
+                                extents: Box::new(self.digests(d, &request)),
                             },
                             Request::Read { .. } => Reply::Read {
-                                holes: u16::from(!self.rotten.contains(&disk)),
+                                holes: u16::from(
+                                    self.newest[d] == Version::ZERO && !self.rotten.contains(&disk),
+                                ),
                                 bad: u16::from(self.rotten.contains(&disk)),
                                 lost: 0,
                                 crcs: [0; 16],
@@ -132,8 +157,35 @@ impl Scene {
                         self.mirror.decided(outcome, &mut self.out);
                     }
                     Effect::Done { op, result, released } => self.done.push((op, result, released)),
+                    Effect::NewGeneration if !self.no_majority => {
+                        self.config.generation.0 += 1;
+                        self.config.config += 1;
+                        self.mirror.renewed(self.config.clone(), &mut self.out);
+                    }
                     _ => {}
                 }
+            }
+            if let Some(arena) = self.guest.take_if(|_| !seals.is_empty()) {
+                self.submit(20, OpKind::Write, &arena);
+                self.guest = Some(arena);
+                let sealing = |to: DiskIndex| seals.iter().any(|(d, ..)| *d == usize::from(to.0));
+                let early = |effect: &Effect| matches!(effect, Effect::Send { disk, .. } if sealing(*disk));
+                assert!(
+                    !self.out.iter().any(early),
+                    "sent to a disk that has not obeyed yet"
+                );
+            }
+            for (d, generation, id) in seals {
+                self.obeys[d] = generation;
+                let sealed = Sealed {
+                    disk: self.mirror.disk(DiskIndex(d as u16)),
+                    boot: BOOT,
+                    power: PowerId(6),
+                    suspect: false,
+                    chunks: self.held_by(self.mirror.disk(DiskIndex(d as u16))),
+                };
+                self.mirror
+                    .replied(id, Reply::Sealed(Box::new(sealed)), &mut self.out);
             }
         }
     }
@@ -462,4 +514,136 @@ fn a_detach_waits_for_regions_that_are_to_be_compared() {
     assert_eq!(scene.done.len(), 1, "the replicas may differ");
     scene.decide(true);
     assert_eq!(scene.done[1..], [(OpId(1), Ok(()), true)]);
+const FEW_VERSIONS: Limits = Limits {
+    ops: 256,
+    edges: 8,
+    sync: 4,
+    io_timeout_ms: 10_000,
+    silent_ms: 3_000,
+    attach_wait_ms: 2_000,
+    unstable_ms: 1_000,
+    unstable_bytes: 64 << 20,
+    scrub_ms: 0,
+    versions: 8,
+};
+
+/// Review rule 6. Writes are always under way, and none fails.
+#[test]
+fn a_new_generation_is_taken_under_a_running_guest() {
+    let mut scene = Scene::with(FEW_VERSIONS);
+    let arena = Arena::new(1).unwrap();
+    scene.guest = Some(Arena::new(1).unwrap());
+    for _ in 0..20 {
+        for op in 0..8 {
+            scene.submit(op, OpKind::Write, &arena);
+        }
+        scene.play();
+        scene.read(9, &arena);
+    }
+    assert!(scene.done.len() > 20 * 9);
+    assert!(scene.done.iter().all(|(_, result, _)| result.is_ok()));
+    assert!(
+        scene.mirror.status().renewals >= 10,
+        "{:?}",
+        scene.mirror.status()
+    );
+    assert_eq!(scene.obeys, [scene.config.generation; 2]);
+    // The guest ends as under any other generation.
+    scene.mirror.detach(&mut scene.out);
+    scene.play();
+    assert_eq!(scene.mirror.phase(), Phase::Detached);
+}
+
+/// A disk falls silent while requests of the old generation are out: it is dropped in the name of the new one, and not waited
+/// for a moment longer.
+#[test]
+fn a_silent_disk_does_not_keep_a_new_generation_away() {
+    let mut scene = Scene::with(FEW_VERSIONS);
+    let arena = Arena::new(1).unwrap();
+    scene.pass(0, 500);
+    scene.silent.push(DiskIndex(1));
+    for op in 0..12 {
+        // Different blocks, so that all are out at once.
+        let at = u64::from(op) * BLOCK as u64;
+        scene.mirror.submit(
+            OpId(op),
+            OpKind::Write,
+            at,
+            BLOCK as u64,
+            arena.payload(0),
+            &[0],
+            &mut scene.out,
+        );
+    }
+    scene.pass(500, 5_000);
+    assert_eq!(scene.config.chunks[0][1].state, SlotState::Stale);
+    assert_eq!(scene.done.len(), 12);
+    assert!(scene.done.iter().all(|(_, result, _)| result.is_ok()));
+    assert_eq!(scene.obeys[0], scene.config.generation);
+    assert!(scene.config.generation > Generation(1));
+}
+
+/// Without a majority there is no new generation: at the end of the versions I/O waits, longer than it waits for anything
+/// else, and goes on.
+#[test]
+fn at_the_end_of_a_generation_io_waits_and_does_not_fail() {
+    let mut scene = Scene::with(FEW_VERSIONS);
+    scene.no_majority = true;
+    let arena = Arena::new(1).unwrap();
+    for op in 0..40 {
+        scene.submit(op, OpKind::Write, &arena);
+        scene.play();
+    }
+    let answered = scene.done.len();
+    assert!(
+        (8..=16).contains(&answered),
+        "{answered} writes before the versions were used up"
+    );
+    scene.pass(0, 30_000);
+    assert_eq!(scene.done.len(), answered, "nothing goes on, nothing fails");
+    scene.no_majority = false;
+    scene.pass(30_000, 33_000);
+    assert_eq!(scene.done.len(), 40);
+    assert!(scene.done.iter().all(|(_, result, _)| result.is_ok()));
+}
+
+impl Scene {
+    /// The first block of the volume is there, once everything was promoted; the second disk's copy of it may have rotted.
+    fn digests(&self, d: usize, request: &Request) -> [ExtentDigest; EXTENTS_PER_REGION] {
+        let mut extents = [ExtentDigest::default(); EXTENTS_PER_REGION];
+        if matches!(request, Request::Digest { region: 0, .. }) && self.newest[d] != Version::ZERO {
+            extents[0].image.version = self.newest[d];
+            extents[0].image.valid = 1;
+            let verify = matches!(request, Request::Digest { verify: true, .. });
+            extents[0].bad = u16::from(d == 1 && self.rotted && verify);
+        }
+        extents
+    }
+}
+
+/// Nobody reads it: the scrub finds it, within its period, and not before the quiet volume's turn.
+#[test]
+fn rot_at_rest_is_found_and_repaired_by_the_scrub_alone() {
+    for scrub_ms in [0, 128_000] {
+        let limits = Limits {
+            scrub_ms,
+            ..Limits::default()
+        };
+        let mut scene = Scene::with(limits);
+        let arena = Arena::new(1).unwrap();
+        scene.submit(0, OpKind::Write, &arena);
+        scene.play();
+        scene.rotted = true;
+        scene.pass(0, 64_500);
+        let status = scene.mirror.status();
+        if scrub_ms == 0 {
+            assert!(scene.rotted && status.regions_verified == 0, "{status:?}");
+            continue;
+        }
+        assert!(!scene.rotted, "{status:?}");
+        assert_eq!((status.blocks_repaired, status.read_repairs), (1, 0));
+        // One region a second: a quiet volume takes half of the time that it has.
+        assert!((62..=66).contains(&status.regions_verified), "{status:?}");
+        assert_eq!(scene.done, [(OpId(0), Ok(()), true)]);
+    }
 }

@@ -11,6 +11,8 @@ use super::{Home, Route, Served, Shard, Volume};
 
 /// Requests of one volume in hand.
 const VOLUME_OPS: u32 = 256;
+/// Each volume is verified once in two weeks.
+const SCRUB_MS: u64 = 14 * 24 * 3_600_000;
 
 impl Shard {
     pub(super) fn command(&mut self, command: Command) {
@@ -61,6 +63,10 @@ impl Shard {
             }
             Command::Reconfigured(index, config) => {
                 self.with_mirror(index, |mirror, out| mirror.reconfigured(config, out));
+                self.connect(index);
+            }
+            Command::Renewed(index, config) => {
+                self.with_mirror(index, |mirror, out| mirror.renewed(config, out));
                 self.connect(index);
             }
             Command::RemoveVolume(index, reply) => self.remove_volume(index, reply),
@@ -193,6 +199,7 @@ impl Shard {
         }
         let limits = Limits {
             ops: VOLUME_OPS,
+            scrub_ms: SCRUB_MS,
             ..Limits::default()
         };
         self.volumes[usize::from(index.0)] = Some(Box::new(Volume {

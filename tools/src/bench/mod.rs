@@ -47,8 +47,8 @@ pub(crate) struct BenchArgs {
     /// Requests in flight for each queue.
     #[arg(long, default_value_t = 32, value_parser = clap::value_parser!(u16).range(1..=128))]
     iodepth: u16,
-    /// Connections' queues for each socket: each is a connection of its own, where the server takes more than one.
-    #[arg(long, default_value_t = 1)]
+    /// Queues for each socket, all of one connection and of one polling thread. The server has to offer as many (`queues=`).
+    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=64))]
     queues: u16,
     /// At most so many requests a second in all.
     #[arg(long)]
@@ -95,6 +95,8 @@ const ROUNDS_BLIND: u32 = 16;
 struct Addresses {
     state: u64,
     next: u64,
+    /// The queues of a volume share its range: each takes every `step`th slot in order.
+    step: u64,
     slots: u64,
 }
 
@@ -109,8 +111,9 @@ impl Addresses {
 
     fn at(&mut self, sequential: bool) -> u64 {
         if sequential {
-            self.next += 1;
-            (self.next - 1) % self.slots
+            let slot = self.next % self.slots;
+            self.next += self.step;
+            slot
         } else {
             ((u128::from(self.random()) * u128::from(self.slots)) >> 64) as u64
         }
@@ -164,20 +167,19 @@ fn jobs(args: &BenchArgs) -> Result<Vec<Job<'_>>> {
         bail!("--bs must be a multiple of 512, and of 4096 where blocks are stamped");
     }
     let mut jobs = Vec::new();
-    for (number, socket) in args
-        .sockets
-        .iter()
-        .flat_map(|s| (0..args.queues).map(move |_| s))
-        .enumerate()
-    {
-        let depth = usize::from(args.iodepth);
-        let client = Client::connect(socket, depth, depth * args.bs as usize)?;
+    let depth = usize::from(args.iodepth);
+    let mut clients = Vec::new();
+    for socket in &args.sockets {
+        let queues = Client::connect_queues(socket, args.queues, depth, depth * args.bs as usize)?;
+        clients.extend(queues.into_iter().enumerate());
+    }
+    for (number, (queue, client)) in clients.into_iter().enumerate() {
         let size = args.size.unwrap_or(client.capacity().saturating_sub(args.offset));
         let slots = size / args.bs;
         if slots == 0 || args.offset + size > client.capacity() {
             bail!(
                 "{} has {} bytes: the range asked for does not fit",
-                socket.display(),
+                client.path().display(),
                 client.capacity()
             );
         }
@@ -199,7 +201,8 @@ fn jobs(args: &BenchArgs) -> Result<Vec<Job<'_>>> {
             idle: (0..depth).rev().collect(),
             addresses: Addresses {
                 state: seed,
-                next: 0,
+                next: queue as u64,
+                step: u64::from(args.queues),
                 slots,
             },
             offset: args.offset,

@@ -2,6 +2,7 @@
 
 mod common;
 mod disks;
+mod queues;
 mod vm;
 
 use std::os::unix::fs::PermissionsExt;
