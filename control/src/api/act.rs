@@ -26,7 +26,7 @@ const PLANS: u32 = 5;
 const LOOK: Duration = Duration::from_millis(20);
 
 /// A body of JSON; what is wrong with one that is none is said as everything else is.
-pub(super) struct Given<T>(T);
+pub(super) struct Given<T>(pub(super) T);
 
 impl<T: DeserializeOwned> FromRequest<Api> for Given<T> {
     type Rejection = Failure;
@@ -39,9 +39,9 @@ impl<T: DeserializeOwned> FromRequest<Api> for Given<T> {
     }
 }
 
-type Done = Result<StatusCode, Failure>;
+pub(super) type Done = Result<StatusCode, Failure>;
 
-fn done(_: Applied) -> StatusCode {
+pub(super) fn done(_: Applied) -> StatusCode {
     StatusCode::NO_CONTENT
 }
 
