@@ -173,6 +173,9 @@ pub struct VolumeStatus {
     pub stale: u64,
     /// Regions (1 MiB) still to be compared or copied.
     pub regions_to_heal: u64,
+    /// Seconds until that is done, at the pace of the last half minute; absent while there is none.
+    #[serde(default)]
+    pub heal_seconds: Option<u64>,
     /// Further counters by name.
     pub counters: std::collections::BTreeMap<String, u64>,
 }

@@ -10,6 +10,7 @@ mod durable;
 mod envelope;
 pub mod local;
 pub mod node;
+mod pace;
 pub mod planner;
 pub mod raft;
 pub mod state;

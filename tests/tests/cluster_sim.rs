@@ -6,8 +6,8 @@
 use std::collections::BTreeMap;
 use std::ops::Range;
 use std::sync::Mutex;
-use std::sync::atomic::{AtomicU64, Ordering};
 
+use rayon::prelude::*;
 use unibody_tests::cluster::{self, Profile, Run};
 use unibody_tests::sim::Stats;
 
@@ -106,22 +106,9 @@ fn seeds() -> Range<u64> {
     }
 }
 
-/// Runs on two threads; each seed on one.
-fn over(seeds: Range<u64>, each: impl Fn(u64) + Sync) {
-    let next = AtomicU64::new(seeds.start);
-    std::thread::scope(|scope| {
-        for _ in 0..2 {
-            scope.spawn(|| {
-                loop {
-                    let seed = next.fetch_add(1, Ordering::Relaxed);
-                    if seed >= seeds.end {
-                        break;
-                    }
-                    each(seed);
-                }
-            });
-        }
-    });
+/// Runs on all cores; each seed on one.
+fn over(seeds: Range<u64>, each: impl Fn(u64) + Sync + Send) {
+    seeds.into_par_iter().for_each(each);
 }
 
 fn tell(seed: u64, run: &Run) -> Option<String> {

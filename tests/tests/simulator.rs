@@ -8,6 +8,7 @@ use std::ops::Range;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use rayon::prelude::*;
 use unibody_tests::sim::script::{self, Crash};
 use unibody_tests::sim::{self, Profile, Run};
 
@@ -86,22 +87,9 @@ fn seeds() -> Range<u64> {
     }
 }
 
-/// Runs on two threads; each seed on one.
-fn over(seeds: Range<u64>, each: impl Fn(u64) + Sync) {
-    let next = AtomicU64::new(seeds.start);
-    std::thread::scope(|scope| {
-        for _ in 0..2 {
-            scope.spawn(|| {
-                loop {
-                    let seed = next.fetch_add(1, Ordering::Relaxed);
-                    if seed >= seeds.end {
-                        break;
-                    }
-                    each(seed);
-                }
-            });
-        }
-    });
+/// Runs on all cores; each seed on one.
+fn over(seeds: Range<u64>, each: impl Fn(u64) + Sync + Send) {
+    seeds.into_par_iter().for_each(each);
 }
 
 fn tell(seed: u64, run: &Run) -> Option<String> {

@@ -1,17 +1,18 @@
 //! `unibody disk`: format and check disks offline; list, add, fail, return and replace disks of a running node.
 
-use std::io::IsTerminal;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
 use anyhow::{Context, Result, bail};
 use clap::Subcommand;
+use serde_json::{Value, json};
 use unibody_control::admin::{Fault, Request, call};
 use unibody_control::api::types::GivenUp;
 use unibody_control::cluster::LocalRequest;
 use unibody_dataplane::store::Verdict;
 
-use crate::output::{self, parse_size};
+use crate::output::{self, Out, parse_size};
+use crate::progress::Bar;
 use crate::target::{NodeArgs, Target, segment};
 
 #[derive(Subcommand)]
@@ -34,17 +35,11 @@ pub(crate) enum DiskCommand {
     Check {
         /// The file or block device; no node may be using it.
         path: PathBuf,
-        /// Print JSON.
-        #[arg(long)]
-        json: bool,
     },
     /// List the disks of a node.
     List {
         #[command(flatten)]
         node: NodeArgs,
-        /// Print JSON.
-        #[arg(long)]
-        json: bool,
     },
     /// Give a node another disk.
     Add {
@@ -131,7 +126,7 @@ fn parse_fault(text: &str) -> Result<Fault, String> {
     })
 }
 
-pub(crate) fn run(command: DiskCommand) -> Result<ExitCode> {
+pub(crate) fn run(command: DiskCommand, out: Out) -> Result<ExitCode> {
     match command {
         DiskCommand::Format {
             path,
@@ -141,26 +136,42 @@ pub(crate) fn run(command: DiskCommand) -> Result<ExitCode> {
         } => {
             let uuid = unibody_control::node::format_disk(&path, size, journal, force)
                 .with_context(|| format!("{} was not formatted", path.display()))?;
-            println!("{}: formatted, disk {uuid}", path.display());
+            out.done(
+                &format!("{}: formatted, disk {uuid}", path.display()),
+                &json!({ "path": path, "disk": uuid.to_string() }),
+            )?;
         }
-        DiskCommand::Check { path, json } => return check(&path, json),
-        DiskCommand::List { node, json } => output::disks(&node, json)?,
+        DiskCommand::Check { path } => return check(&path, out),
+        DiskCommand::List { node } => output::disks(&node, out)?,
         DiskCommand::Add { spec, on, node } => {
             let far = LocalRequest::DiskAdd {
                 spec: crate::node::whole(&spec)?,
             };
-            either(&node, on, Request::DiskAdd { spec }, far)?;
+            let added = either(&node, on, Request::DiskAdd { spec: spec.clone() }, far)?;
+            out.done("", &told(added, &node, &spec)?)?;
         }
         DiskCommand::Fail { disk, on, node } => {
             let far = LocalRequest::DiskFail { disk: disk.clone() };
-            either(&node, on, Request::DiskFail { disk }, far)?;
+            either(&node, on, Request::DiskFail { disk: disk.clone() }, far)?;
+            out.done("", &json!({ "disk": disk, "failed": true }))?;
         }
         DiskCommand::Return { disk, on, node } => {
             let far = LocalRequest::DiskReturn { disk: disk.clone() };
-            either(&node, on, Request::DiskReturn { disk }, far)?;
+            either(&node, on, Request::DiskReturn { disk: disk.clone() }, far)?;
+            out.done("", &json!({ "disk": disk, "returned": true }))?;
         }
         DiskCommand::Replace { disk, spec, node } => match node.target()? {
-            Target::Alone(control) => drop(call(&control, &Request::DiskReplace { disk, spec })?),
+            Target::Alone(control) => {
+                let with = spec.clone();
+                call(
+                    &control,
+                    &Request::DiskReplace {
+                        disk: disk.clone(),
+                        spec,
+                    },
+                )?;
+                out.done("", &json!({ "disk": disk, "replaced_by": with }))?;
+            }
             Target::Cluster(_) => bail!("in a cluster: `disk add` another one, then `disk remove` this one"),
         },
         DiskCommand::Remove {
@@ -169,6 +180,7 @@ pub(crate) fn run(command: DiskCommand) -> Result<ExitCode> {
             node,
         } => {
             node.cluster()?.delete(&format!("/v1/disks/{}", segment(&disk)))?;
+            out.done("", &json!({ "disk": disk, "leaving": true }))?;
         }
         DiskCommand::Remove {
             disk,
@@ -191,68 +203,74 @@ pub(crate) fn run(command: DiskCommand) -> Result<ExitCode> {
                 disk: disk.clone(),
                 fault: fault.clone(),
             };
+            let what = json!({ "disk": disk, "fault": fault });
             either(&node, on, Request::DiskFault { disk, fault }, far)?;
+            out.done("", &what)?;
         }
     }
     Ok(ExitCode::SUCCESS)
 }
 
 /// Asks a node by itself, or a certain one of a cluster.
-fn either(node: &NodeArgs, on: Option<String>, alone: Request, far: LocalRequest) -> Result<()> {
+fn either(node: &NodeArgs, on: Option<String>, alone: Request, far: LocalRequest) -> Result<Value> {
     match node.target()? {
         Target::Alone(_) if on.is_some() => bail!("--on names a node of a cluster: this is a node by itself"),
-        Target::Alone(control) => drop(call(&control, &alone)?),
-        Target::Cluster(client) => drop(client.command(on.as_deref(), &far)?),
+        Target::Alone(control) => Ok(call(&control, &alone)?),
+        Target::Cluster(client) => client.command(on.as_deref(), &far),
     }
-    Ok(())
 }
 
-fn check(path: &std::path::Path, json: bool) -> Result<ExitCode> {
-    let show = std::io::stderr().is_terminal() && !json;
-    let mut shown = u64::MAX;
-    let mut progress = |done: u64, total: u64| {
-        let percent = done.saturating_mul(100) / total.max(1);
-        if show && percent != shown {
-            shown = percent;
-            eprint!("\rchecking {}: {percent} %", path.display());
+/// What a node says of a disk that it was given: a node by itself has to be asked.
+fn told(added: Value, node: &NodeArgs, spec: &str) -> Result<Value> {
+    match node.target()? {
+        Target::Alone(control) => {
+            let name = spec.split(',').next().unwrap_or(spec);
+            // One in memory has a name that only its node knows: the last one is new.
+            let mut disks = output::fetch(&control)?.disks.into_iter().rev();
+            Ok(json!(disks.find(|disk| disk.name == name || name.contains(':'))))
         }
-    };
-    let report = unibody_control::node::check_disk(path, &mut progress);
-    if show {
-        eprintln!();
+        Target::Cluster(_) => Ok(added),
     }
-    let report = report?;
+}
+
+fn check(path: &std::path::Path, out: Out) -> Result<ExitCode> {
+    let mut bar = Bar::new(&format!("checking {}", path.display()), out);
+    let report = unibody_control::node::check_disk(path, &mut |done, total| bar.show(done, total));
+    bar.end();
+    let report = match report {
+        Ok(report) => report,
+        // As much of an answer as any other for a script that looks at disks.
+        Err(error) if out.json => {
+            let error = format!("{:#}", anyhow::Error::from(error));
+            out.done("", &json!({ "verdict": "unusable", "error": error }))?;
+            return Ok(ExitCode::from(2));
+        }
+        Err(error) => return Err(error.into()),
+    };
     let (verdict, status) = match report.verdict {
         Verdict::Clean => ("clean", 0),
         Verdict::Damaged => ("damaged", 1),
         Verdict::Unusable => ("unusable", 2),
     };
-    if json {
-        let findings: Vec<String> = report.findings.iter().map(ToString::to_string).collect();
-        let value = serde_json::json!({
-            "disk": report.uuid.map(|uuid| uuid.to_string()),
-            "verdict": verdict,
-            "closed": report.closed,
-            "findings": findings,
-            "findings_total": report.findings_total,
-            "journal_blocks": report.journal_blocks,
-            "chunks": report.chunks,
-            "extents": report.extents,
-            "blocks": report.blocks,
-            "blocks_in_doubt": report.in_doubt,
-            "slots_quarantined": report.quarantined,
-        });
-        println!("{}", serde_json::to_string_pretty(&value)?);
-        return Ok(ExitCode::from(status));
-    }
-    for finding in &report.findings {
-        println!("{finding}");
-    }
+    let mut lines: Vec<String> = report.findings.iter().map(ToString::to_string).collect();
+    let value = json!({
+        "disk": report.uuid.map(|uuid| uuid.to_string()),
+        "verdict": verdict,
+        "closed": report.closed,
+        "findings": lines,
+        "findings_total": report.findings_total,
+        "journal_blocks": report.journal_blocks,
+        "chunks": report.chunks,
+        "extents": report.extents,
+        "blocks": report.blocks,
+        "blocks_in_doubt": report.in_doubt,
+        "slots_quarantined": report.quarantined,
+    });
     let unlisted = report.findings_total - report.findings.len() as u64;
     if unlisted > 0 {
-        println!("and {unlisted} more");
+        lines.push(format!("and {unlisted} more"));
     }
-    println!(
+    lines.push(format!(
         "{}: {verdict}; {} chunks, {} extents, {} blocks checked{}",
         path.display(),
         report.chunks,
@@ -263,6 +281,7 @@ fn check(path: &std::path::Path, json: bool) -> Result<ExitCode> {
         } else {
             "; it was not closed: opening it will recover it"
         },
-    );
+    ));
+    out.done(&lines.join("\n"), &value)?;
     Ok(ExitCode::from(status))
 }

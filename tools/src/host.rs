@@ -7,8 +7,8 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
-use unibody_control::cluster::vms::{VmHost, VmNeeds};
-use unibody_vmm_adapter::{Phase, RuntimeRoot, VmSpec, Vmm, VmmError, VmmKind, find};
+use unibody_control::cluster::vms::{VmAct, VmChange, VmHost, VmNeeds};
+use unibody_vmm_adapter::{Phase, RuntimeRoot, VmSpec, Vmm, VmmError, VmmKind, VolumeSpec, find};
 
 /// As the cluster keeps it.
 #[derive(Serialize, Deserialize)]
@@ -41,6 +41,39 @@ impl Host {
     }
 }
 
+/// Which VMMs there are here: those that can be used, and of the others, why not.
+pub(crate) fn vmms(root: &RuntimeRoot) -> serde_json::Value {
+    let say = |kind: VmmKind| match kind.adapter(root.clone()).probe() {
+        Ok(probe) => serde_json::json!(probe),
+        Err(error) => serde_json::json!({ "vmm": kind, "error": chain(&error) }),
+    };
+    VmmKind::ALL.into_iter().map(say).collect()
+}
+
+/// What the process of a VM does.
+pub(crate) fn process(vmm: &dyn Vmm, name: &str) -> Result<serde_json::Value, VmmError> {
+    Ok(serde_json::json!({ "vmm": vmm.kind(), "status": vmm.status(name)? }))
+}
+
+impl Definition {
+    /// What it asks for, and it as a text.
+    fn told(&self) -> Result<(VmNeeds, String), String> {
+        let spec = &self.spec;
+        let needs = VmNeeds {
+            name: spec.name.clone(),
+            memory: spec.memory.0,
+            volumes: spec.volumes.iter().map(|volume| volume.name.clone()).collect(),
+        };
+        let text = serde_json::to_string(self).map_err(|error| error.to_string())?;
+        Ok((needs, text))
+    }
+}
+
+/// Stands for the socket of a volume, which nobody knows before the VM has a place.
+fn unknown(number: usize) -> PathBuf {
+    PathBuf::from(format!("/{number}"))
+}
+
 /// The first VMM that is installed here.
 pub(crate) fn any_vmm(root: &RuntimeRoot) -> Option<Box<dyn Vmm>> {
     let mut adapters = VmmKind::ALL.into_iter().map(|kind| kind.adapter(root.clone()));
@@ -60,21 +93,35 @@ impl VmHost for Host {
             let Some(volume) = volume.as_table_mut() else {
                 continue;
             };
-            let unknown = toml::Value::String(format!("/{number}"));
-            if volume.insert("socket".into(), unknown).is_some() {
+            let unknown = unknown(number).to_string_lossy().into_owned();
+            if volume.insert("socket".into(), unknown.into()).is_some() {
                 return Err("volumes: leave out the socket: it is where the VM is placed".into());
             }
         }
         let spec = VmSpec::parse(&toml::to_string(&table).map_err(|error| error.to_string())?)
             .map_err(|error| chain(&error))?;
-        let needs = VmNeeds {
-            name: spec.name.clone(),
-            memory: spec.memory.0,
-            volumes: spec.volumes.iter().map(|volume| volume.name.clone()).collect(),
-        };
-        let definition =
-            serde_json::to_string(&Definition { vmm, spec }).map_err(|error| error.to_string())?;
-        Ok((needs, definition))
+        Definition { vmm, spec }.told()
+    }
+
+    fn amend(&self, definition: &str, change: &VmChange) -> Result<(VmNeeds, String), String> {
+        let mut definition: Definition =
+            serde_json::from_str(definition).map_err(|error| format!("its definition: {error}"))?;
+        let volumes = &mut definition.spec.volumes;
+        match change {
+            VmChange::Vmm(name) => definition.vmm = Some(name.parse()?),
+            VmChange::AddVolume(volume) => volumes.push(VolumeSpec {
+                name: volume.volume.clone(),
+                socket: PathBuf::new(),
+                queues: volume.queues,
+                readonly: volume.readonly,
+            }),
+            VmChange::RemoveVolume(name) => volumes.retain(|volume| volume.name != *name),
+        }
+        for (number, volume) in volumes.iter_mut().enumerate() {
+            volume.socket = unknown(number);
+        }
+        definition.spec.check().map_err(|error| chain(&error))?;
+        definition.told()
     }
 
     fn start(&self, definition: &str, volumes: &[(String, PathBuf)]) -> Result<(), String> {
@@ -102,6 +149,48 @@ impl VmHost for Host {
 
     fn stop(&self, name: &str, patience: Duration) -> Result<(), String> {
         self.try_stop(name, patience).map_err(|error| chain(&error))
+    }
+
+    fn act(&self, name: &str, act: &VmAct, socket: Option<&Path>) -> Result<serde_json::Value, String> {
+        let Some(vmm) = self.find(name)? else {
+            return match act {
+                VmAct::Status | VmAct::Kill | VmAct::Stop { .. } => Ok(serde_json::Value::Null),
+                _ => Err(format!(
+                    "VM {name} does not run now: see `unibody vm status {name}`"
+                )),
+            };
+        };
+        let done = match act {
+            VmAct::Status => return process(&*vmm, name).map_err(|error| chain(&error)),
+            VmAct::Kill => vmm.kill(name).map(drop),
+            VmAct::Stop { seconds } => vmm.stop(name, Duration::from_secs(*seconds)).map(drop),
+            VmAct::Pause => vmm.pause(name),
+            VmAct::Resume => vmm.resume(name),
+            VmAct::AddVolume(volume) => {
+                let socket = socket.ok_or_else(|| format!("volume {} is not here", volume.volume))?;
+                let volume = VolumeSpec {
+                    name: volume.volume.clone(),
+                    socket: std::path::absolute(socket).map_err(|error| error.to_string())?,
+                    queues: volume.queues,
+                    readonly: volume.readonly,
+                };
+                vmm.add_volume(name, &volume)
+            }
+            VmAct::RemoveVolume { volume, seconds } => {
+                let spec = self.0.spec(name).map_err(|error| chain(&error))?;
+                match spec.volumes.iter().any(|has| has.name == *volume) {
+                    true => vmm.remove_volume(name, volume, Duration::from_secs(*seconds)),
+                    // It became part of the definition after this start.
+                    false => Ok(()),
+                }
+            }
+        };
+        done.map(|()| serde_json::Value::Null)
+            .map_err(|error| chain(&error))
+    }
+
+    fn vmms(&self) -> serde_json::Value {
+        vmms(&self.0)
     }
 
     fn running(&self) -> Result<Vec<String>, String> {
@@ -179,6 +268,29 @@ mod tests {
         assert!(error.contains("absolute path"), "{error}");
         assert!(host().check("vmm = 7").unwrap_err().contains("vmm"));
         assert!(host().check(&format!("{TEXT}speed = 3")).is_err());
+    }
+
+    #[test]
+    fn a_definition_keeps_what_is_changed_about_a_vm() {
+        let (_, definition) = host().check(TEXT).unwrap();
+        let volume = unibody_control::cluster::vms::VmVolume {
+            volume: "data".into(),
+            readonly: true,
+            queues: 1,
+        };
+        let add = VmChange::AddVolume(volume);
+        let (needs, definition) = host().amend(&definition, &add).unwrap();
+        assert_eq!(needs.volumes, ["root", "data"]);
+        let twice = host().amend(&definition, &add).unwrap_err();
+        assert!(twice.contains("twice"), "{twice}");
+        let (_, definition) = host().amend(&definition, &VmChange::Vmm("qemu".into())).unwrap();
+        let (needs, definition) = host()
+            .amend(&definition, &VmChange::RemoveVolume("root".into()))
+            .unwrap();
+        assert_eq!(needs.volumes, ["data"]);
+        let Definition { vmm, spec } = serde_json::from_str(&definition).unwrap();
+        assert_eq!((vmm, spec.volumes[0].readonly), (Some(VmmKind::Qemu), true));
+        assert!(host().amend(&definition, &VmChange::Vmm("xen".into())).is_err());
     }
 
     #[test]

@@ -6,6 +6,7 @@ mod disk;
 mod host;
 mod node;
 mod output;
+mod progress;
 mod serve;
 mod target;
 mod vm;
@@ -14,11 +15,15 @@ mod volume;
 use std::process::ExitCode;
 
 use clap::{Args, Parser, Subcommand};
+use output::Out;
 
 /// Hyperconverged storage and VM hosting for a handful of commodity servers.
 #[derive(Parser)]
 #[command(version, about, max_term_width = 100)]
 struct Cli {
+    /// Print JSON, errors too.
+    #[arg(long, global = true)]
+    json: bool,
     #[command(subcommand)]
     command: Command,
 }
@@ -50,23 +55,26 @@ enum Command {
 struct StatusArgs {
     #[command(flatten)]
     node: target::NodeArgs,
-    /// Print JSON.
-    #[arg(long)]
-    json: bool,
 }
 
 fn main() -> ExitCode {
-    let result = match Cli::parse().command {
-        Command::Serve(args) => serve::run(args).map(|()| ExitCode::SUCCESS),
-        Command::Node(command) => node::run(command).map(|()| ExitCode::SUCCESS),
-        Command::Status(args) => output::status(&args.node, args.json).map(|()| ExitCode::SUCCESS),
-        Command::Disk(command) => disk::run(command),
-        Command::Volume(command) => volume::run(command).map(|()| ExitCode::SUCCESS),
-        Command::Vm(args) => vm::run(args).map(|()| ExitCode::SUCCESS),
-        Command::Bench(args) => bench::run(args).map(|()| ExitCode::SUCCESS),
+    let Cli { json, command } = Cli::parse();
+    let out = Out { json };
+    let result = match command {
+        Command::Serve(args) => serve::run(args, out).map(|()| ExitCode::SUCCESS),
+        Command::Node(command) => node::run(command, out).map(|()| ExitCode::SUCCESS),
+        Command::Status(args) => output::status(&args.node, out).map(|()| ExitCode::SUCCESS),
+        Command::Disk(command) => disk::run(command, out),
+        Command::Volume(command) => volume::run(command, out).map(|()| ExitCode::SUCCESS),
+        Command::Vm(args) => vm::run(args, out).map(|()| ExitCode::SUCCESS),
+        Command::Bench(args) => bench::run(args, out).map(|()| ExitCode::SUCCESS),
+        Command::Demo(_) if json => Err(anyhow::anyhow!("the demo is for people: it has no JSON")),
         Command::Demo(args) => demo::run(args).map(|()| ExitCode::SUCCESS),
     };
     result.unwrap_or_else(|error| {
+        if json {
+            println!("{}", serde_json::json!({ "error": format!("{error:#}") }));
+        }
         eprintln!("unibody: {error:#}");
         ExitCode::from(2)
     })

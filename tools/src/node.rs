@@ -4,18 +4,23 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use clap::{Args, Subcommand};
+use serde_json::json;
 use unibody_control::api;
-use unibody_control::api::types::Drain;
+use unibody_control::api::types::{ClusterStatus, Drain, VmSummary, VolumeSummary};
 use unibody_control::cluster::{Agent, JoinToken, NodeConfig, NodeSetup};
 use unibody_control::raft::Start;
 use unibody_dataplane::disk::spec::{Backend, DiskSpec};
 use unibody_vmm_adapter::RuntimeRoot;
 
 use crate::host::Host;
-use crate::output::{self, parse_size};
-use crate::target::{NODE_DIR, NodeArgs, runtime, segment};
+use crate::output::{self, Out, parse_size};
+use crate::progress::Bar;
+use crate::target::{Client, NODE_DIR, NodeArgs, runtime, segment};
+
+/// Between two looks at a node that is being drained.
+const LOOK: Duration = Duration::from_millis(500);
 
 #[derive(Subcommand)]
 pub(crate) enum NodeCommand {
@@ -47,17 +52,17 @@ pub(crate) enum NodeCommand {
     List {
         #[command(flatten)]
         node: NodeArgs,
-        /// Print JSON.
-        #[arg(long)]
-        json: bool,
     },
     /// Have data and VMs leave a node; `status` shows when it is empty.
     Drain {
         /// Its name.
         name: String,
         /// Use it again.
-        #[arg(long)]
+        #[arg(long, conflicts_with = "wait")]
         off: bool,
+        /// Wait until nothing is left on it.
+        #[arg(long)]
+        wait: bool,
         #[command(flatten)]
         node: NodeArgs,
     },
@@ -138,37 +143,83 @@ impl SetupArgs {
     }
 }
 
-pub(crate) fn run(command: NodeCommand) -> Result<()> {
+pub(crate) fn run(command: NodeCommand, out: Out) -> Result<()> {
     match command {
         NodeCommand::Init(setup) => {
             let dir = setup.make(None)?;
-            println!("others join with: unibody node join {}", join_token(&dir)?);
-            run_node(&dir, &Start::Init)
+            let token = join_token(&dir)?;
+            if !out.json {
+                println!("others join with: unibody node join {token}");
+            }
+            run_node(&dir, &Start::Init, out)
         }
         NodeCommand::Join { token, setup } => {
             let dir = setup.make(Some(&token))?;
-            run_node(&dir, &Start::Join(token.seeds))
+            run_node(&dir, &Start::Join(token.seeds), out)
         }
         NodeCommand::Run { dir } => {
             let config = NodeConfig::load(&dir)?;
-            run_node(&dir, &Start::Resume(config.seeds))
+            run_node(&dir, &Start::Resume(config.seeds), out)
         }
-        NodeCommand::Token { api: true, dir } => {
-            println!("{}", NodeConfig::load(&dir)?.api_token());
-            Ok(())
+        NodeCommand::Token { api, dir } => {
+            let token = match api {
+                true => NodeConfig::load(&dir)?.api_token(),
+                false => join_token(&dir)?.to_string(),
+            };
+            out.done(&token, &json!({ "token": token }))
         }
-        NodeCommand::Token { api: false, dir } => {
-            println!("{}", join_token(&dir)?);
-            Ok(())
-        }
-        NodeCommand::List { node, json } => output::nodes(&node, json),
-        NodeCommand::Drain { name, off, node } => {
+        NodeCommand::List { node } => output::nodes(&node, out),
+        NodeCommand::Drain {
+            name,
+            off,
+            wait,
+            node,
+        } => {
             let path = format!("/v1/nodes/{}/drain", segment(&name));
-            node.cluster()?.post(&path, &Drain { on: !off })
+            let client = node.cluster()?;
+            client.post::<()>(&path, &Drain { on: !off })?;
+            if wait {
+                wait_empty(&client, &name, out)?;
+            }
+            out.done("", &json!({ "node": name, "draining": !off, "empty": wait }))
         }
         NodeCommand::Remove { name, node } => {
-            node.cluster()?.delete(&format!("/v1/nodes/{}", segment(&name)))
+            node.cluster()?.delete(&format!("/v1/nodes/{}", segment(&name)))?;
+            out.done("", &json!({ "node": name, "removed": true }))
         }
+    }
+}
+
+/// What is still on a node: replicas, volumes and VMs.
+fn left_on(status: &ClusterStatus, name: &str) -> u64 {
+    let disks = status.disks.iter().filter(|disk| disk.node == name);
+    let replicas: u64 = disks.map(|disk| disk.replicas).sum();
+    let owned = |volume: &&VolumeSummary| volume.owner.as_deref() == Some(name);
+    let volumes = status.volumes.iter().filter(owned).count() as u64;
+    let placed = |vm: &&VmSummary| vm.node.as_deref() == Some(name);
+    replicas + volumes + status.vms.iter().filter(placed).count() as u64
+}
+
+/// Waits until nothing is left on a node that is drained. It may be that nothing can leave it: who waits sees that it stands still.
+fn wait_empty(client: &Client, name: &str, out: Out) -> Result<()> {
+    let mut bar = Bar::new(&format!("draining {name}"), out);
+    let mut most = 0;
+    loop {
+        let status = client.status()?;
+        let Some(node) = status.nodes.iter().find(|node| node.name == name) else {
+            bail!("node {name} was removed meanwhile");
+        };
+        if !node.draining {
+            bail!("node {name} is used again: somebody has ended the draining");
+        }
+        let left = left_on(&status, name);
+        most = left.max(most);
+        if left == 0 {
+            bar.end();
+            return Ok(());
+        }
+        bar.show(most - left, most);
+        std::thread::sleep(LOOK);
     }
 }
 
@@ -178,7 +229,7 @@ pub(crate) fn join_token(dir: &Path) -> Result<JoinToken> {
     Ok(config.join_token(vec![config.address.clone()]))
 }
 
-fn run_node(dir: &Path, start: &Start) -> Result<()> {
+fn run_node(dir: &Path, start: &Start, out: Out) -> Result<()> {
     let config = NodeConfig::load(dir)?;
     let dir = std::path::absolute(dir)?;
     let stop = unibody_control::node::stop_on_signals().context("signals can not be caught")?;
@@ -200,7 +251,19 @@ fn run_node(dir: &Path, start: &Start) -> Result<()> {
                 handle.stop();
             }
         })?;
-    println!("ready");
+    match out.json {
+        // One line, as the other is: what follows is for whoever waits for it.
+        true => println!(
+            "{}",
+            json!({
+                "ready": true,
+                "node": agent.config().name,
+                "address": agent.address().to_string(),
+                "join": join_token(&dir)?.to_string(),
+            })
+        ),
+        false => println!("ready"),
+    }
     agent.run()?;
     Ok(())
 }

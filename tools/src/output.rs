@@ -1,16 +1,12 @@
 //! What the program prints: sizes, tables, status screens; and the sizes it reads.
 
 use std::path::Path;
-use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 use unibody_control::admin::{DiskStatus, NodeStatus, Request, VolumeStatus, call};
 use unibody_control::api::types::{ClusterStatus, NodeSummary, VmSummary};
 
 use crate::target::{Client, NodeArgs, Target};
-
-/// Between the two looks from which the end of healing is estimated.
-const WATCH: Duration = Duration::from_secs(1);
 
 /// Bytes as people write them: `4096`, `64K`, `10G`.
 pub(crate) fn parse_size(text: &str) -> Result<u64, String> {
@@ -62,35 +58,57 @@ pub(crate) fn fetch(control: &Path) -> Result<NodeStatus> {
     serde_json::from_value(value).context("the node's status is of another version than this program")
 }
 
+/// How a command says what it has to say.
+#[derive(Clone, Copy)]
+pub(crate) struct Out {
+    /// As JSON, for scripts.
+    pub(crate) json: bool,
+}
+
+impl Out {
+    /// Says what was done: a text for people, if there is anything to say to them, or a value for scripts.
+    pub(crate) fn done(self, text: &str, value: &serde_json::Value) -> Result<()> {
+        match self.json {
+            true => json(value)?,
+            false if text.is_empty() => {}
+            false => println!("{text}"),
+        }
+        Ok(())
+    }
+}
+
 fn json<T: serde::Serialize>(value: &T) -> Result<()> {
     println!("{}", serde_json::to_string_pretty(value)?);
     Ok(())
 }
 
 /// `unibody status`.
-pub(crate) fn status(node: &NodeArgs, as_json: bool) -> Result<()> {
+pub(crate) fn status(node: &NodeArgs, out: Out) -> Result<()> {
     match node.target()? {
         Target::Alone(control) => {
             let status = fetch(&control)?;
-            if as_json {
+            if out.json {
                 return json(&status);
             }
             print_volumes(&status.volumes);
             println!();
             print_disks(&status.disks);
+            if let Some(line) = healing(&status.volumes.iter().collect::<Vec<_>>()) {
+                println!("\n{line}");
+            }
         }
         Target::Cluster(client) => {
             let status = client.status()?;
-            if as_json {
+            if out.json {
                 return json(&status);
             }
-            print_cluster(&client, &status)?;
+            print_cluster(&status);
         }
     }
     Ok(())
 }
 
-fn print_cluster(client: &Client, status: &ClusterStatus) -> Result<()> {
+fn print_cluster(status: &ClusterStatus) {
     if !status.confirmed {
         println!(
             "No majority of the nodes answers: this is what {} knew last.\n",
@@ -106,44 +124,42 @@ fn print_cluster(client: &Client, status: &ClusterStatus) -> Result<()> {
         println!();
         print_vms(&status.vms);
     }
-    let regions = |status: &ClusterStatus| -> u64 {
-        let each = status.volumes.iter().map(|volume| volume.volume.regions_to_heal);
-        each.sum()
-    };
-    let before = regions(status);
-    if before == 0 {
-        return Ok(());
+    let volumes: Vec<_> = status.volumes.iter().map(|volume| &volume.volume).collect();
+    if let Some(line) = healing(&volumes) {
+        println!("\n{line}");
     }
-    let begun = Instant::now();
-    std::thread::sleep(WATCH);
-    let after = regions(&client.status()?);
-    let end = match ends_in(before, after, begun.elapsed()) {
-        Some(left) => format!("done in about {} s", left.as_secs().max(1)),
-        None => "no end in sight".into(),
-    };
-    println!("\nhealing: {} to go, {end}", size(after << 20));
-    Ok(())
 }
 
-/// How long what is left takes at the pace of a while.
-fn ends_in(before: u64, after: u64, elapsed: Duration) -> Option<Duration> {
-    let healed = before.checked_sub(after).filter(|healed| *healed > 0)?;
-    Some(elapsed.mul_f64(after as f64 / healed as f64))
+/// What is being healed, and when the last of it will be done.
+fn healing(volumes: &[&VolumeStatus]) -> Option<String> {
+    let of: Vec<_> = volumes
+        .iter()
+        .filter(|volume| volume.regions_to_heal > 0)
+        .collect();
+    let left: u64 = of.iter().map(|volume| volume.regions_to_heal).sum();
+    let known: Option<Vec<u64>> = of.iter().map(|volume| volume.heal_seconds).collect();
+    let end = known.map_or("no end in sight yet".to_owned(), |seconds| {
+        format!(
+            "done in about {} s",
+            seconds.into_iter().max().unwrap_or(0).max(1)
+        )
+    });
+    (left > 0).then(|| format!("healing: {} to go, {end}", size(left << 20)))
 }
 
 /// `unibody volume list`.
-pub(crate) fn volumes(node: &NodeArgs, as_json: bool) -> Result<()> {
+pub(crate) fn volumes(node: &NodeArgs, out: Out) -> Result<()> {
     match node.target()? {
         Target::Alone(control) => {
             let status = fetch(&control)?;
-            match as_json {
+            match out.json {
                 true => json(&status.volumes)?,
                 false => print_volumes(&status.volumes),
             }
         }
         Target::Cluster(client) => {
             let status = client.status()?;
-            match as_json {
+            match out.json {
                 true => json(&status.volumes)?,
                 false => print_volumes_of(&status),
             }
@@ -153,18 +169,18 @@ pub(crate) fn volumes(node: &NodeArgs, as_json: bool) -> Result<()> {
 }
 
 /// `unibody disk list`.
-pub(crate) fn disks(node: &NodeArgs, as_json: bool) -> Result<()> {
+pub(crate) fn disks(node: &NodeArgs, out: Out) -> Result<()> {
     match node.target()? {
         Target::Alone(control) => {
             let status = fetch(&control)?;
-            match as_json {
+            match out.json {
                 true => json(&status.disks)?,
                 false => print_disks(&status.disks),
             }
         }
         Target::Cluster(client) => {
             let status = client.status()?;
-            match as_json {
+            match out.json {
                 true => json(&status.disks)?,
                 false => print_disks_of(&status),
             }
@@ -174,9 +190,9 @@ pub(crate) fn disks(node: &NodeArgs, as_json: bool) -> Result<()> {
 }
 
 /// `unibody node list`.
-pub(crate) fn nodes(node: &NodeArgs, as_json: bool) -> Result<()> {
+pub(crate) fn nodes(node: &NodeArgs, out: Out) -> Result<()> {
     let status = node.cluster()?.status()?;
-    match as_json {
+    match out.json {
         true => json(&status.nodes)?,
         false => print_nodes(&status.nodes),
     }
@@ -184,9 +200,9 @@ pub(crate) fn nodes(node: &NodeArgs, as_json: bool) -> Result<()> {
 }
 
 /// `unibody vm list` of a cluster.
-pub(crate) fn vms(client: &Client, as_json: bool) -> Result<()> {
+pub(crate) fn vms(client: &Client, out: Out) -> Result<()> {
     let status = client.status()?;
-    match as_json {
+    match out.json {
         true => json(&status.vms)?,
         false => print_vms(&status.vms),
     }
@@ -269,11 +285,14 @@ const VOLUME_HEADINGS: [&str; 8] = [
 ];
 
 fn volume_row(v: &VolumeStatus) -> Vec<String> {
-    let healing = match (v.regions_to_heal, v.stale) {
-        (0, 0) => "-".into(),
-        (regions, 0) => format!("{} to go", size(regions << 20)),
-        (regions, stale) => format!("{} to go, {stale} replicas wait", size(regions << 20)),
+    let mut healing = match (v.regions_to_heal, v.heal_seconds) {
+        (0, _) if v.stale == 0 => "-".into(),
+        (regions, None) => format!("{} to go", size(regions << 20)),
+        (regions, Some(seconds)) => format!("{} to go, about {} s", size(regions << 20), seconds.max(1)),
     };
+    if v.stale > 0 {
+        healing += &format!(", {} replicas wait", v.stale);
+    }
     let socket = v.socket.as_ref().map_or("-".into(), |p| p.display().to_string());
     vec![
         v.name.clone(),
@@ -317,17 +336,26 @@ fn print_disks(disks: &[DiskStatus]) {
 
 #[cfg(test)]
 mod tests {
-    use std::time::Duration;
-
-    use super::{ends_in, size};
+    use super::*;
 
     #[test]
-    fn the_end_of_healing_is_estimated_from_its_pace() {
-        let second = Duration::from_secs(1);
-        assert_eq!(ends_in(100, 90, second), Some(Duration::from_secs(9)));
-        assert_eq!(ends_in(100, 0, second), Some(Duration::ZERO));
-        assert_eq!(ends_in(100, 100, second), None);
-        assert_eq!(ends_in(100, 120, second), None);
+    fn the_end_of_healing_is_that_of_the_last_volume() {
+        let volume = |regions_to_heal, heal_seconds| VolumeStatus {
+            regions_to_heal,
+            heal_seconds,
+            ..VolumeStatus::default()
+        };
+        let (whole, soon, late, unknown) = (
+            volume(0, None),
+            volume(1024, Some(3)),
+            volume(1024, Some(9)),
+            volume(1, None),
+        );
+        assert_eq!(healing(&[&whole]), None);
+        let line = healing(&[&whole, &soon, &late]).unwrap();
+        assert_eq!(line, "healing: 2 GiB to go, done in about 9 s");
+        assert!(healing(&[&soon, &unknown]).unwrap().contains("no end in sight"));
+        assert!(volume_row(&late)[6].contains("about 9 s"));
     }
 
     #[test]

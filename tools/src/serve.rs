@@ -9,7 +9,7 @@ use unibody_control::admin::VolumeSpec;
 use unibody_control::node::{Node, NodeOptions};
 use unibody_dataplane::disk::spec::{Backend, DiskSpec};
 
-use crate::output::parse_size;
+use crate::output::{Out, parse_size};
 
 #[derive(Args)]
 pub(crate) struct ServeArgs {
@@ -55,7 +55,7 @@ struct ServeFile {
     cache: Option<String>,
 }
 
-pub(crate) fn run(args: ServeArgs) -> Result<()> {
+pub(crate) fn run(args: ServeArgs, out: Out) -> Result<()> {
     let options = options(args)?;
     let sockets: Vec<_> = options.volumes.iter().filter_map(|v| v.socket.clone()).collect();
     let stop = unibody_control::node::stop_on_signals().context("signals can not be caught")?;
@@ -64,10 +64,13 @@ pub(crate) fn run(args: ServeArgs) -> Result<()> {
     for line in node.notices() {
         eprintln!("unibody: {line}");
     }
-    for socket in sockets {
+    for socket in &sockets {
         eprintln!("unibody: serving {}", socket.display());
     }
-    println!("ready");
+    match out.json {
+        true => println!("{}", serde_json::json!({ "ready": true, "sockets": sockets })),
+        false => println!("ready"),
+    }
     node.run(stop)?;
     Ok(())
 }

@@ -6,15 +6,20 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use clap::{Args, Subcommand};
-use unibody_control::api::types::{OnNode, VmDefinition};
-use unibody_vmm_adapter::{RuntimeRoot, VmSpec, Vmm, VmmKind, VolumeSpec, find, swap};
+use serde_json::{Value, json};
+use unibody_control::api::types::{OnNode, Swap, VmDefinition, VmDetail, VolumeOff};
+use unibody_control::cluster::LocalRequest;
+use unibody_control::cluster::vms::VmVolume;
+use unibody_vmm_adapter::{RuntimeRoot, Started, VmSpec, VmStatus, Vmm, VmmKind, VolumeSpec, find, swap};
 
 use crate::host;
-use crate::output;
+use crate::output::{self, Out};
 use crate::target::{Client, NodeArgs, Target, segment};
 
 /// Between two looks at whether a VM runs.
 const LOOK: Duration = Duration::from_millis(200);
+/// How long a VM may take to come up, or a volume to come to it.
+const PATIENCE: Duration = Duration::from_secs(60);
 
 #[derive(Args)]
 pub(crate) struct VmArgs {
@@ -57,7 +62,7 @@ enum VmCommand {
         #[command(flatten)]
         patience: Patience,
     },
-    /// End it at once, as pulling the plug does.
+    /// End it at once, as pulling the plug does, and keep it so.
     Kill {
         /// Its name.
         name: String,
@@ -66,16 +71,9 @@ enum VmCommand {
     Status {
         /// Its name.
         name: String,
-        /// Print JSON.
-        #[arg(long)]
-        json: bool,
     },
     /// List the VMs of this machine, or of the cluster.
-    List {
-        /// Print JSON.
-        #[arg(long)]
-        json: bool,
-    },
+    List,
     /// Stop its virtual CPUs.
     Pause {
         /// Its name.
@@ -86,31 +84,34 @@ enum VmCommand {
         /// Its name.
         name: String,
     },
-    /// Add a volume to a running VM.
+    /// Add a volume to a running VM; in a cluster also to what it is at its next start.
     AddVolume {
         /// Its name.
         name: String,
-        /// Name of the volume in the VM.
+        /// The volume; of a node by itself, its name in the VM.
         volume: String,
-        /// The volume's socket.
-        socket: PathBuf,
+        /// The volume's socket; a cluster knows it.
+        socket: Option<PathBuf>,
+        /// Request queues.
+        #[arg(long, default_value_t = 1)]
+        queues: u16,
         /// The guest may only read.
         #[arg(long)]
         readonly: bool,
     },
-    /// Take a volume from a running VM.
+    /// Take a volume from a running VM; in a cluster also from what it is at its next start.
     RemoveVolume {
         /// Its name.
         name: String,
-        /// Name of the volume in the VM.
+        /// The volume.
         volume: String,
         #[command(flatten)]
         patience: Patience,
     },
     /// The same VM, the same volumes, the other VMM: shut down, start there.
     Swap {
-        /// Its specification (TOML).
-        spec: PathBuf,
+        /// Its name.
+        name: String,
         /// cloud-hypervisor or qemu.
         #[arg(long)]
         to: VmmKind,
@@ -119,9 +120,9 @@ enum VmCommand {
     },
     /// Say which VMMs there are and how they would run guests.
     Vmms {
-        /// Print JSON.
-        #[arg(long)]
-        json: bool,
+        /// In a cluster: of this node [default: the one that is asked].
+        #[arg(long, value_name = "NODE")]
+        on: Option<String>,
     },
 }
 
@@ -142,102 +143,110 @@ fn read_spec(path: &Path) -> Result<VmSpec> {
     VmSpec::load(path).with_context(|| format!("{} is not a VM's specification", path.display()))
 }
 
-fn running(root: &RuntimeRoot, name: &str) -> Result<Box<dyn Vmm>> {
-    match find(root, name)? {
-        Some(vmm) => Ok(vmm),
-        None => bail!("no VM {name} is running: `unibody vm list` names those that are"),
+/// The VMs of this machine that no cluster has.
+struct Here(RuntimeRoot);
+
+impl Here {
+    fn vmm(&self, name: &str) -> Result<Box<dyn Vmm>> {
+        match find(&self.0, name)? {
+            Some(vmm) => Ok(vmm),
+            None => bail!(
+                "no VM {name} runs on this machine by itself ({} was looked at): `unibody vm list` names those that do; \
+                 for the VMs of a cluster, name one of its nodes with --node-dir or --api",
+                self.0.path().display()
+            ),
+        }
     }
 }
 
-fn json<T: serde::Serialize>(value: &T) -> Result<()> {
-    println!("{}", serde_json::to_string_pretty(value)?);
-    Ok(())
+/// Where a command goes is one rule for all of them ([`NodeArgs`]): to a cluster by way of its API, or to the VMMs of this machine.
+pub(crate) fn run(args: VmArgs, out: Out) -> Result<()> {
+    let VmArgs { node, command } = args;
+    match node.target()? {
+        Target::Cluster(client) => in_cluster(client, command, out),
+        Target::Alone(_) => here(&Here(RuntimeRoot::from_env()), command, out),
+    }
 }
 
-pub(crate) fn run(args: VmArgs) -> Result<()> {
-    let VmArgs { node, command } = args;
-    let root = node
-        .runtime()
-        .map_or_else(RuntimeRoot::from_env, RuntimeRoot::new);
-    let command = match node.target()? {
-        Target::Cluster(client) => match in_cluster(&client, command)? {
-            None => return Ok(()),
-            // What is done to a VMM is done on its machine.
-            Some(command) => command,
-        },
-        Target::Alone(_) => command,
-    };
+fn here(here: &Here, command: VmCommand, out: Out) -> Result<()> {
+    let root = &here.0;
     match command {
-        VmCommand::Start { on: Some(_), .. } | VmCommand::Define { .. } | VmCommand::Delete { .. } => {
+        VmCommand::Start { on: Some(_), .. }
+        | VmCommand::Vmms { on: Some(_) }
+        | VmCommand::Define { .. }
+        | VmCommand::Delete { .. } => {
             bail!("that is for a cluster: name a node of it with --node-dir or --api")
         }
-        VmCommand::Start { spec, vmm, on: None } => start(&root, &read_spec(&spec)?, vmm)?,
+        VmCommand::Start { spec, vmm, on: None } => start(root, &read_spec(&spec)?, vmm, out)?,
         VmCommand::Stop { name, patience } => {
-            let stopped = running(&root, &name)?.stop(&name, patience.duration())?;
-            println!(
-                "{name}: {}",
-                serde_json::to_value(stopped)?.as_str().unwrap_or_default()
-            );
+            let stopped = json!(here.vmm(&name)?.stop(&name, patience.duration())?);
+            let text = format!("{name}: {}", stopped.as_str().unwrap_or_default());
+            out.done(&text, &json!({ "vm": name, "stopped": stopped }))?;
         }
         VmCommand::Kill { name } => {
-            running(&root, &name)?.kill(&name)?;
+            here.vmm(&name)?.kill(&name)?;
+            out.done("", &json!({ "vm": name, "stopped": "killed" }))?;
         }
-        VmCommand::Status { name, json: as_json } => {
-            let vmm = running(&root, &name)?;
-            let status = vmm.status(&name)?;
-            if as_json {
-                return json(&status);
-            }
-            println!("{name}: {:?} under {}", status.phase, vmm.kind());
-            if let Some(accel) = status.accel {
-                println!("guest instructions: {accel:?}");
-            }
+        VmCommand::Status { name } => {
+            let process = host::process(&*here.vmm(&name)?, &name)?;
+            out.done(&process_text(&name, &process), &process)?;
         }
-        VmCommand::List { json: as_json } => list(&root, as_json)?,
-        VmCommand::Pause { name } => running(&root, &name)?.pause(&name)?,
-        VmCommand::Resume { name } => running(&root, &name)?.resume(&name)?,
+        VmCommand::List => list(root, out)?,
+        VmCommand::Pause { name } => {
+            here.vmm(&name)?.pause(&name)?;
+            out.done("", &json!({ "vm": name, "paused": true }))?;
+        }
+        VmCommand::Resume { name } => {
+            here.vmm(&name)?.resume(&name)?;
+            out.done("", &json!({ "vm": name, "paused": false }))?;
+        }
+        VmCommand::AddVolume { socket: None, .. } => bail!("the volume's socket is needed"),
         VmCommand::AddVolume {
             name,
             volume,
-            socket,
+            socket: Some(socket),
+            queues,
             readonly,
         } => {
-            let socket = std::path::absolute(&socket)?;
-            let volume = VolumeSpec {
+            let spec = VolumeSpec {
                 name: volume,
-                socket,
-                queues: 1,
+                socket: std::path::absolute(&socket)?,
+                queues,
                 readonly,
             };
-            running(&root, &name)?.add_volume(&name, &volume)?;
+            here.vmm(&name)?.add_volume(&name, &spec)?;
+            out.done("", &json!({ "vm": name, "added": spec.name }))?;
         }
         VmCommand::RemoveVolume {
             name,
             volume,
             patience,
         } => {
-            running(&root, &name)?.remove_volume(&name, &volume, patience.duration())?;
+            here.vmm(&name)?
+                .remove_volume(&name, &volume, patience.duration())?;
+            out.done("", &json!({ "vm": name, "removed": volume }))?;
         }
-        VmCommand::Swap { spec, to, patience } => {
-            let spec = read_spec(&spec)?;
-            let from = running(&root, &spec.name)?;
+        VmCommand::Swap { name, to, patience } => {
+            let from = here.vmm(&name)?;
             if from.kind() == to {
-                bail!("{} runs under {to} already", spec.name);
+                bail!("{name} runs under {to} already");
             }
-            let (stopped, started) = swap(&spec, &*from, &*to.adapter(root), patience.duration())?;
-            started
-                .notices
-                .iter()
-                .for_each(|notice| eprintln!("unibody: {notice}"));
-            println!("{}: {stopped:?}, then started under {to}", spec.name);
+            // As it is now, not as it was when it was started: volumes have come and gone.
+            let spec = root.spec(&name)?;
+            let to_vmm = to.adapter(root.clone());
+            let (stopped, started) = swap(&spec, &*from, &*to_vmm, patience.duration())?;
+            tell_notices(&started);
+            out.done(
+                &format!("{name}: {stopped:?}, then started under {to}"),
+                &json!({ "vm": name, "vmm": to, "stopped": stopped, "started": started }),
+            )?;
         }
-        VmCommand::Vmms { json: as_json } => vmms(&root, as_json)?,
+        VmCommand::Vmms { on: None } => vmms(&host::vmms(root), out)?,
     }
     Ok(())
 }
 
-/// What the cluster does; anything else is given back.
-fn in_cluster(client: &Client, command: VmCommand) -> Result<Option<VmCommand>> {
+fn in_cluster(client: Client, command: VmCommand, out: Out) -> Result<()> {
     let path = |name: &str| format!("/v1/vms/{}", segment(name));
     let define = |spec: &Path, vmm| -> Result<String> {
         let (name, definition) = host::definition(spec, vmm)?;
@@ -245,7 +254,10 @@ fn in_cluster(client: &Client, command: VmCommand) -> Result<Option<VmCommand>> 
         Ok(name)
     };
     match command {
-        VmCommand::Define { spec, vmm } => drop(define(&spec, vmm)?),
+        VmCommand::Define { spec, vmm } => {
+            let name = define(&spec, vmm)?;
+            out.done("", &json!({ "vm": name }))?;
+        }
         VmCommand::Start { spec, vmm, on } => {
             let name = match spec.is_file() {
                 true => define(&spec, vmm)?,
@@ -253,24 +265,143 @@ fn in_cluster(client: &Client, command: VmCommand) -> Result<Option<VmCommand>> 
                 false => spec.to_string_lossy().into_owned(),
             };
             client.post::<()>(&format!("{}/start", path(&name)), &OnNode { node: on })?;
-            let node = until(client, &name, "running", Duration::from_secs(60))?;
-            println!("{name}: runs on {}", node.unwrap_or_default());
+            let node = until(&client, &name, "running", Duration::from_secs(60))?;
+            let text = format!("{name}: runs on {}", node.as_deref().unwrap_or_default());
+            out.done(&text, &json!({ "vm": name, "node": node }))?;
         }
         VmCommand::Stop { name, patience } => {
             client.post::<()>(&format!("{}/stop", path(&name)), &())?;
-            until(
-                client,
-                &name,
-                "stopped",
-                patience.duration() + Duration::from_secs(10),
+            let end = patience.duration() + Duration::from_secs(10);
+            until(&client, &name, "stopped", end)?;
+            out.done(
+                &format!("{name}: stopped"),
+                &json!({ "vm": name, "stopped": true }),
             )?;
-            println!("{name}: stopped");
         }
-        VmCommand::Delete { name } => client.delete(&path(&name))?,
-        VmCommand::List { json } => output::vms(client, json)?,
-        other => return Ok(Some(other)),
+        VmCommand::Kill { name } => {
+            client.post::<()>(&format!("{}/kill", path(&name)), &())?;
+            until(&client, &name, "stopped", Duration::from_secs(30))?;
+            out.done("", &json!({ "vm": name, "stopped": "killed" }))?;
+        }
+        VmCommand::Delete { name } => {
+            client.delete(&path(&name))?;
+            out.done("", &json!({ "vm": name, "deleted": true }))?;
+        }
+        VmCommand::List => output::vms(&client, out)?,
+        VmCommand::Status { name } => {
+            let detail: VmDetail = client.get(&path(&name))?;
+            let vm = &detail.summary;
+            let mut text = match &vm.node {
+                Some(node) => format!("{name}: {} on {node}", vm.state),
+                None => format!("{name}: {}", vm.state),
+            };
+            if !detail.process.is_null() {
+                text = format!("{text}\n{}", process_text("its process", &detail.process));
+            }
+            out.done(&text, &json!(detail))?;
+        }
+        VmCommand::Pause { name } => {
+            client.post::<()>(&format!("{}/pause", path(&name)), &())?;
+            out.done("", &json!({ "vm": name, "paused": true }))?;
+        }
+        VmCommand::Resume { name } => {
+            client.post::<()>(&format!("{}/resume", path(&name)), &())?;
+            out.done("", &json!({ "vm": name, "paused": false }))?;
+        }
+        VmCommand::AddVolume { socket: Some(_), .. } => {
+            bail!("a cluster knows where the volume is served: leave out the socket")
+        }
+        VmCommand::AddVolume {
+            name,
+            volume,
+            socket: None,
+            queues,
+            readonly,
+        } => {
+            let add = VmVolume {
+                volume,
+                readonly,
+                queues,
+            };
+            let client = client.patient(PATIENCE);
+            client.post::<()>(&format!("{}/volumes", path(&name)), &add)?;
+            out.done("", &json!({ "vm": name, "added": add.volume }))?;
+        }
+        VmCommand::RemoveVolume {
+            name,
+            volume,
+            patience,
+        } => {
+            let seconds = patience.timeout;
+            let off = VolumeOff {
+                volume: volume.clone(),
+                seconds,
+            };
+            let client = client.patient(patience.duration());
+            client.post::<()>(&format!("{}/volumes/remove", path(&name)), &off)?;
+            out.done("", &json!({ "vm": name, "removed": volume }))?;
+        }
+        VmCommand::Swap { name, to, patience } => {
+            let client = client.patient(patience.duration());
+            let ask = Swap {
+                to: to.to_string(),
+                seconds: patience.timeout,
+            };
+            client.post::<()>(&format!("{}/swap", path(&name)), &ask)?;
+            let detail = until_under(&client, &path(&name), to)?;
+            let text = match &detail.summary.node {
+                Some(node) => format!("{name}: runs under {to} on {node}"),
+                None => format!("{name}: will run under {to}"),
+            };
+            out.done(
+                &text,
+                &json!({ "vm": name, "vmm": to, "node": detail.summary.node }),
+            )?;
+        }
+        VmCommand::Vmms { on } => vmms(&client.command(on.as_deref(), &LocalRequest::Vmms)?, out)?,
     }
-    Ok(None)
+    Ok(())
+}
+
+/// Waits until a VM that has a place runs under a VMM.
+fn until_under(client: &Client, path: &str, to: VmmKind) -> Result<VmDetail> {
+    let end = Instant::now() + PATIENCE;
+    loop {
+        let detail: VmDetail = client.get(path)?;
+        if detail.summary.node.is_none() || detail.process["vmm"] == json!(to) {
+            return Ok(detail);
+        }
+        if Instant::now() >= end {
+            bail!(
+                "VM {} does not run under {to} yet: look at the output of its node; swap it back if it can not",
+                detail.summary.name
+            );
+        }
+        std::thread::sleep(LOOK);
+    }
+}
+
+/// What a VM's process does, for people.
+fn process_text(who: &str, process: &Value) -> String {
+    let status = &process["status"];
+    let phase = match &status["phase"] {
+        Value::String(phase) => phase.clone(),
+        phase => phase["ended"].as_str().unwrap_or("ended").to_owned(),
+    };
+    let mut text = format!(
+        "{who}: {phase} under {}",
+        process["vmm"].as_str().unwrap_or_default()
+    );
+    if let Some(accel) = status["accel"].as_str() {
+        text += &format!("; guest instructions: {accel}");
+    }
+    text
+}
+
+fn tell_notices(started: &Started) {
+    for notice in &started.notices {
+        eprintln!("unibody: {notice}");
+    }
 }
 
 /// Waits until a VM is as wanted, and says where it is.
@@ -293,7 +424,7 @@ fn until(client: &Client, name: &str, state: &str, patience: Duration) -> Result
     }
 }
 
-fn start(root: &RuntimeRoot, spec: &VmSpec, vmm: Option<VmmKind>) -> Result<()> {
+fn start(root: &RuntimeRoot, spec: &VmSpec, vmm: Option<VmmKind>, out: Out) -> Result<()> {
     let adapter = match vmm {
         Some(kind) => kind.adapter(root.clone()),
         None => host::any_vmm(root).context(
@@ -304,62 +435,48 @@ fn start(root: &RuntimeRoot, spec: &VmSpec, vmm: Option<VmmKind>) -> Result<()> 
         bail!("{} is running already", spec.name);
     }
     let started = adapter.start(spec)?;
-    started
-        .notices
-        .iter()
-        .for_each(|notice| eprintln!("unibody: {notice}"));
-    println!(
-        "{}: started under {} ({:?})",
-        spec.name,
-        adapter.kind(),
-        started.accel
-    );
-    Ok(())
+    tell_notices(&started);
+    out.done(
+        &format!(
+            "{}: started under {} ({:?})",
+            spec.name,
+            adapter.kind(),
+            started.accel
+        ),
+        &json!({ "vm": spec.name, "vmm": adapter.kind(), "started": started }),
+    )
 }
 
-fn list(root: &RuntimeRoot, as_json: bool) -> Result<()> {
+fn list(root: &RuntimeRoot, out: Out) -> Result<()> {
     let mut all = Vec::new();
     for name in root.names()? {
         if let Some(vmm) = find(root, &name)? {
             all.push((vmm.kind(), vmm.status(&name)?));
         }
     }
-    if as_json {
-        let values: Vec<_> = all
-            .iter()
-            .map(|(kind, status)| serde_json::json!({ "vmm": kind, "status": status }))
-            .collect();
-        return json(&values);
-    }
-    for (kind, status) in all {
-        println!("{}  {kind}  {:?}", status.name, status.phase);
-    }
-    Ok(())
+    let value = |(kind, status): &(VmmKind, VmStatus)| json!({ "vmm": kind, "status": status });
+    let text: Vec<_> = all
+        .iter()
+        .map(|(kind, status)| format!("{}  {kind}  {:?}", status.name, status.phase))
+        .collect();
+    out.done(&text.join("\n"), &all.iter().map(value).collect())
 }
 
-fn vmms(root: &RuntimeRoot, as_json: bool) -> Result<()> {
-    let probes: Vec<_> = VmmKind::ALL
-        .into_iter()
-        .map(|kind| (kind, kind.adapter(root.clone()).probe()))
-        .collect();
-    if as_json {
-        let there: Vec<_> = probes
-            .iter()
-            .filter_map(|(_, probe)| probe.as_ref().ok())
-            .collect();
-        return json(&there);
-    }
-    for (kind, probe) in probes {
-        match probe {
-            Ok(probe) => println!(
-                "{kind}: {} ({}); {:?}: {}",
-                probe.version,
-                probe.binary.display(),
-                probe.accel,
-                probe.accel_reason
+fn vmms(found: &Value, out: Out) -> Result<()> {
+    let line = |vmm: &Value| {
+        let text = |key: &str| vmm[key].as_str().unwrap_or_default().to_owned();
+        match vmm["error"].as_str() {
+            Some(error) => format!("{}: {error}", text("vmm")),
+            None => format!(
+                "{}: {} ({}); {}: {}",
+                text("vmm"),
+                text("version"),
+                text("binary"),
+                text("accel"),
+                text("accel_reason")
             ),
-            Err(error) => println!("{kind}: {error}"),
         }
-    }
-    Ok(())
+    };
+    let lines: Vec<_> = found.as_array().into_iter().flatten().map(line).collect();
+    out.done(&lines.join("\n"), found)
 }

@@ -4,10 +4,11 @@ use std::path::PathBuf;
 
 use anyhow::{Result, bail};
 use clap::{Args, Subcommand};
+use serde_json::json;
 use unibody_control::admin::{Request, VolumeSpec, call};
 use unibody_control::api::types::{Attached, NewVolume, OnNode, Resize};
 
-use crate::output::{self, parse_size};
+use crate::output::{self, Out, parse_size};
 use crate::target::{NodeArgs, Target, segment};
 
 #[derive(Subcommand)]
@@ -18,9 +19,6 @@ pub(crate) enum VolumeCommand {
     List {
         #[command(flatten)]
         node: NodeArgs,
-        /// Print JSON.
-        #[arg(long)]
-        json: bool,
     },
     /// Attach a volume of a cluster to a node, or move it there, and print its socket.
     Attach {
@@ -83,33 +81,44 @@ pub(crate) struct CreateArgs {
     node: NodeArgs,
 }
 
-pub(crate) fn run(command: VolumeCommand) -> Result<()> {
+pub(crate) fn run(command: VolumeCommand, out: Out) -> Result<()> {
     match command {
-        VolumeCommand::Create(args) => create(args)?,
-        VolumeCommand::List { node, json } => output::volumes(&node, json)?,
+        VolumeCommand::Create(args) => create(args, out)?,
+        VolumeCommand::List { node } => output::volumes(&node, out)?,
         VolumeCommand::Attach { name, on, node } => {
             let path = format!("/v1/volumes/{}/attach", segment(&name));
             let attached: Attached = node.cluster()?.post(&path, &OnNode { node: on })?;
-            println!("{}", attached.socket.display());
+            out.done(&attached.socket.display().to_string(), &json!(attached))?;
         }
-        VolumeCommand::Resize { name, size, node } => match node.target()? {
-            Target::Alone(control) => drop(call(&control, &Request::VolumeResize { name, size })?),
-            Target::Cluster(client) => {
-                client.post::<()>(
-                    &format!("/v1/volumes/{}/resize", segment(&name)),
-                    &Resize { size },
-                )?;
+        VolumeCommand::Resize { name, size, node } => {
+            match node.target()? {
+                Target::Alone(control) => {
+                    let name = name.clone();
+                    call(&control, &Request::VolumeResize { name, size })?;
+                }
+                Target::Cluster(client) => {
+                    let path = format!("/v1/volumes/{}/resize", segment(&name));
+                    client.post::<()>(&path, &Resize { size })?;
+                }
             }
-        },
-        VolumeCommand::Delete { name, node } => match node.target()? {
-            Target::Alone(control) => drop(call(&control, &Request::VolumeDelete { name })?),
-            Target::Cluster(client) => client.delete(&format!("/v1/volumes/{}", segment(&name)))?,
-        },
+            out.done("", &json!({ "volume": name, "size": size }))?;
+        }
+        VolumeCommand::Delete { name, node } => {
+            match node.target()? {
+                Target::Alone(control) => {
+                    let name = name.clone();
+                    call(&control, &Request::VolumeDelete { name })?;
+                }
+                Target::Cluster(client) => client.delete(&format!("/v1/volumes/{}", segment(&name)))?,
+            }
+            out.done("", &json!({ "volume": name, "deleted": true }))?;
+        }
     }
     Ok(())
 }
 
-fn create(args: CreateArgs) -> Result<()> {
+fn create(args: CreateArgs, out: Out) -> Result<()> {
+    let made = json!({ "volume": args.name, "size": args.size, "mirror": args.mirror });
     match args.node.target()? {
         Target::Alone(control) => {
             if args.near.is_some() {
@@ -143,5 +152,5 @@ fn create(args: CreateArgs) -> Result<()> {
             client.post::<()>("/v1/volumes", &new)?;
         }
     }
-    Ok(())
+    out.done("", &made)
 }

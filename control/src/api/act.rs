@@ -22,7 +22,7 @@ const PLANS: u32 = 5;
 const LOOK: Duration = Duration::from_millis(20);
 
 /// A body of JSON; what is wrong with one that is none is said as everything else is.
-pub(super) struct Given<T>(T);
+pub(super) struct Given<T>(pub(super) T);
 
 impl<T: DeserializeOwned> FromRequest<Api> for Given<T> {
     type Rejection = Failure;

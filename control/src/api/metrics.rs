@@ -7,6 +7,7 @@ use axum::extract::State;
 use axum::http::header;
 use axum::response::{IntoResponse, Response};
 
+use super::metric_names::{Kind, METRICS};
 use super::{Api, Failure};
 use crate::admin::NodeStatus;
 use crate::cluster::LocalRequest;
@@ -78,6 +79,9 @@ fn text(status: &NodeStatus, raft: &raft::Status) -> String {
             &labels,
             volume.regions_to_heal,
         );
+        if let Some(seconds) = volume.heal_seconds {
+            samples.add("unibody_volume_heal_seconds".into(), &labels, seconds);
+        }
         samples.counters("volume", &labels, &volume.counters);
     }
     for reactor in &status.reactors {
@@ -97,8 +101,15 @@ fn text(status: &NodeStatus, raft: &raft::Status) -> String {
     samples.add("unibody_raft_proposals_unknown".into(), &[], raft.proposals.1);
     let mut text = String::new();
     for (metric, values) in &samples.0 {
-        // Which of them only grow is not known here, and the form has a word for that.
-        writeln!(text, "# TYPE {metric} untyped").expect("a string takes everything");
+        let name = metric.strip_prefix("unibody_").unwrap_or(metric);
+        // One that is missing there is shown all the same, as what it is: not known.
+        let known = METRICS.binary_search_by_key(&name, |known| known.0);
+        let (kind, help) = match known.map(|at| METRICS[at]) {
+            Ok((_, Kind::Counter, help)) => ("counter", help),
+            Ok((_, Kind::Gauge, help)) => ("gauge", help),
+            Err(_) => ("untyped", "Not described."),
+        };
+        writeln!(text, "# HELP {metric} {help}\n# TYPE {metric} {kind}").expect("a string takes everything");
         for (labels, value) in values {
             let labels = if labels.is_empty() {
                 String::new()

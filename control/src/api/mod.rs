@@ -6,7 +6,8 @@
 //! * `types`: what is taken and given
 //! * `show`: the state of the cluster, and the stream of its changes
 //! * `act`: everything that changes something; `disks`: taking disks out
-//! * `metrics`: counters of this node for Prometheus
+//! * `machine`: what is done to a VM that runs
+//! * `metrics`, `metric_names`: counters of this node for Prometheus, and what they are
 //!
 //! Every request carries the cluster's API token (`authorization: Bearer TOKEN`); without it nothing of the request is read
 //! beyond its head. Bodies, heads, connections and the time for a head are bounded. Absent: secrecy; put the port on a
@@ -14,6 +15,8 @@
 
 mod act;
 mod disks;
+mod machine;
+mod metric_names;
 mod metrics;
 mod show;
 #[cfg(test)]
@@ -28,7 +31,7 @@ use axum::extract::{DefaultBodyLimit, Request, State};
 use axum::http::{StatusCode, header};
 use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
-use axum::routing::{delete, get, post, put};
+use axum::routing::{delete, get, post};
 use axum::{Json, Router};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::service::TowerToHyperService;
@@ -131,6 +134,8 @@ impl From<PlanError> for Failure {
         act::create_volume, act::resize_volume, act::delete_volume, act::attach_volume,
         act::define_vm, act::start_vm, act::stop_vm, act::delete_vm,
         act::drain_node, act::remove_node, disks::remove_disk, disks::give_up_disk, act::command,
+        machine::vm, machine::kill_vm, machine::pause_vm, machine::resume_vm, machine::swap_vm,
+        machine::add_volume, machine::remove_volume,
     ),
     components(schemas(types::Problem, types::Changes)),
     modifiers(&Token),
@@ -176,6 +181,9 @@ pub fn fuzz_body(bytes: &[u8]) {
     body::<types::OnNode>(bytes);
     body::<types::VmDefinition>(bytes);
     body::<types::Drain>(bytes);
+    body::<types::Swap>(bytes);
+    body::<types::VolumeOff>(bytes);
+    body::<crate::cluster::vms::VmVolume>(bytes);
     body::<LocalRequest>(bytes);
 }
 
@@ -232,9 +240,18 @@ fn router(api: Api) -> Router {
         .route("/v1/volumes/{name}", delete(act::delete_volume))
         .route("/v1/volumes/{name}/resize", post(act::resize_volume))
         .route("/v1/volumes/{name}/attach", post(act::attach_volume))
-        .route("/v1/vms/{name}", put(act::define_vm).delete(act::delete_vm))
+        .route(
+            "/v1/vms/{name}",
+            get(machine::vm).put(act::define_vm).delete(act::delete_vm),
+        )
         .route("/v1/vms/{name}/start", post(act::start_vm))
         .route("/v1/vms/{name}/stop", post(act::stop_vm))
+        .route("/v1/vms/{name}/kill", post(machine::kill_vm))
+        .route("/v1/vms/{name}/pause", post(machine::pause_vm))
+        .route("/v1/vms/{name}/resume", post(machine::resume_vm))
+        .route("/v1/vms/{name}/swap", post(machine::swap_vm))
+        .route("/v1/vms/{name}/volumes", post(machine::add_volume))
+        .route("/v1/vms/{name}/volumes/remove", post(machine::remove_volume))
         .route("/v1/nodes/{node}", delete(act::remove_node))
         .route("/v1/nodes/{node}/drain", post(act::drain_node))
         .route("/v1/nodes/{node}/command", post(act::command))
@@ -311,8 +328,15 @@ impl Api {
 
     /// Has a node do something that only it can do.
     async fn ask(&self, state: &Control, node: NodeId, request: LocalRequest) -> LocalAnswer {
-        let patience = if request == LocalRequest::Status { SAY } else { DO };
+        let patience = match request {
+            LocalRequest::Status => SAY,
+            _ => DO + request.patience(),
+        };
         if node == self.0.me {
+            if matches!(request, LocalRequest::Vm { .. }) {
+                // What a VM is may have been changed just before this, and it may be started anew right after.
+                self.view().await;
+            }
             let answer = tokio::time::timeout(patience, self.0.agent.ask(request)).await;
             return answer.unwrap_or_else(|_| Err("the node is busy".into()));
         }

@@ -177,7 +177,7 @@ fn recorded(name: &str, volume: &Volume) -> VolumeStatus {
     }
 }
 
-fn vms(state: &Control, said: &Said) -> Vec<VmSummary> {
+pub(super) fn vms(state: &Control, said: &Said) -> Vec<VmSummary> {
     let summary = |(name, vm): (&String, &Vm)| {
         let runs = vm.node.and_then(|node| said.get(&node));
         let runs = runs.is_some_and(|node| node.vms.contains(name));

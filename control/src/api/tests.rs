@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use serde_json::{Value, json};
 
 use super::*;
-use crate::cluster::vms::VmNeeds;
+use crate::cluster::vms::{VmAct, VmChange, VmNeeds};
 use crate::cluster::{AgentError, NodeConfig, NodeSetup};
 use crate::raft::Start;
 use crate::state::ReplicaState;
@@ -24,11 +24,12 @@ impl VmHost for Shelf {
         let (Some(name), Some(Ok(memory))) = (name, memory.map(|memory| memory.parse())) else {
             return Err("that is no VM".into());
         };
-        let definition = json!({ "name": name }).to_string();
+        let volumes: Vec<String> = words.collect();
+        let definition = json!({ "name": name, "memory": memory, "volumes": volumes }).to_string();
         let needs = VmNeeds {
             name,
             memory,
-            volumes: words.collect(),
+            volumes,
         };
         Ok((needs, definition))
     }
@@ -44,6 +45,40 @@ impl VmHost for Shelf {
     fn stop(&self, name: &str, _: Duration) -> Result<(), String> {
         self.0.lock().unwrap().retain(|other| other != name);
         Ok(())
+    }
+
+    fn amend(&self, definition: &str, change: &VmChange) -> Result<(VmNeeds, String), String> {
+        let mut definition: Value = serde_json::from_str(definition).unwrap();
+        let volumes = definition["volumes"].as_array_mut().unwrap();
+        match change {
+            VmChange::AddVolume(volume) => volumes.push(json!(volume.volume)),
+            VmChange::RemoveVolume(name) => volumes.retain(|volume| volume != name),
+            VmChange::Vmm(name) => definition["vmm"] = json!(name),
+        }
+        let needs = VmNeeds {
+            name: definition["name"].as_str().unwrap().to_owned(),
+            memory: definition["memory"].as_u64().unwrap(),
+            volumes: serde_json::from_value(definition["volumes"].clone()).unwrap(),
+        };
+        Ok((needs, definition.to_string()))
+    }
+
+    /// Refuses what is called `stubborn`; what is done is a word in the list of what runs.
+    fn act(&self, name: &str, act: &VmAct, socket: Option<&std::path::Path>) -> Result<Value, String> {
+        if !self.running()?.iter().any(|runs| runs == name) {
+            return Ok(Value::Null);
+        }
+        match act {
+            VmAct::Kill | VmAct::Stop { .. } => self.stop(name, Duration::ZERO)?,
+            VmAct::AddVolume(volume) if volume.readonly => return Err("the guest is stubborn".into()),
+            VmAct::AddVolume(_) => assert!(socket.is_some_and(std::path::Path::exists)),
+            _ => {}
+        }
+        Ok(json!({ "vmm": "shelf" }))
+    }
+
+    fn vmms(&self) -> Value {
+        json!([{ "vmm": "shelf" }, { "vmm": "broken", "error": "it is broken" }])
     }
 
     fn running(&self) -> Result<Vec<String>, String> {
@@ -480,6 +515,66 @@ fn a_vm_runs_until_it_is_stopped() {
 }
 
 #[test]
+fn what_is_done_to_a_running_vm_is_kept_in_what_it_is() {
+    let node = Node::start();
+    for name in ["root", "data"] {
+        node.done("POST", "/v1/volumes", &json!({ "name": name, "size": 8 << 20 }));
+    }
+    node.done("PUT", "/v1/vms/m", &json!({ "definition": "m 1000000 root" }));
+    assert_eq!(
+        node.send("POST", "/v1/vms/m/pause", &json!({})).0,
+        409,
+        "it does not run"
+    );
+    node.done("POST", "/v1/vms/m/start", &json!({}));
+    node.wait("it runs", |status| status["vms"][0]["state"] == "running");
+    node.done("POST", "/v1/vms/m/pause", &json!({}));
+    node.done("POST", "/v1/vms/m/resume", &json!({}));
+
+    let volumes = || node.get("/v1/vms/m")["definition"]["volumes"].clone();
+    let refused = json!({ "volume": "data", "readonly": true });
+    let (status, problem) = node.send("POST", "/v1/vms/m/volumes", &refused);
+    assert_eq!(
+        (status, &problem["error"]),
+        (409, &json!("the guest is stubborn"))
+    );
+    assert_eq!(
+        volumes(),
+        json!(["root"]),
+        "what it did not take it does not get at its next start"
+    );
+    node.done("POST", "/v1/vms/m/volumes", &json!({ "volume": "data" }));
+    assert_eq!(volumes(), json!(["root", "data"]));
+    assert_eq!(
+        node.get("/v1/status")["vms"][0]["volumes"],
+        json!(["root", "data"])
+    );
+    node.done("POST", "/v1/vms/m/volumes/remove", &json!({ "volume": "data" }));
+    assert_eq!(volumes(), json!(["root"]));
+    let again = node.send("POST", "/v1/vms/m/volumes/remove", &json!({ "volume": "data" }));
+    assert_eq!(again.0, 404);
+
+    let (status, problem) = node.send("POST", "/v1/vms/m/swap", &json!({ "to": "broken" }));
+    assert!(
+        status == 409 && problem["error"].as_str().unwrap().contains("is broken"),
+        "{problem}"
+    );
+    assert_eq!(
+        node.get("/v1/vms/m")["process"]["vmm"],
+        "shelf",
+        "it was left alone"
+    );
+    node.done("POST", "/v1/vms/m/swap", &json!({ "to": "shelf" }));
+    node.wait("it runs again", |_| node.get("/v1/vms/m")["process"].is_object());
+    assert_eq!(node.get("/v1/vms/m")["definition"]["vmm"], "shelf");
+
+    node.done("POST", "/v1/vms/m/kill", &json!({}));
+    node.wait("it stays ended", |status| status["vms"][0]["state"] == "stopped");
+    assert_eq!(node.get("/v1/vms/m")["process"], json!(null));
+    assert_eq!(node.ask("GET", "/v1/vms/x", &node.token, None).0, 404);
+}
+
+#[test]
 fn what_is_for_a_node_whose_address_leads_here_is_not_passed_on_in_a_circle() {
     let node = Node::start();
     let add = Command::AddNode {
@@ -582,20 +677,31 @@ fn counters_are_in_the_form_that_prometheus_reads() {
     });
     let (status, text) = node.ask("GET", "/metrics", &node.token, None);
     assert_eq!(status, 200);
-    let mut known = std::collections::BTreeSet::new();
+    let mut known = std::collections::BTreeMap::new();
+    let mut helped = "";
     for line in text.lines() {
+        if let Some(help) = line.strip_prefix("# HELP ") {
+            helped = help.split_once(' ').unwrap().0;
+            continue;
+        }
         if let Some(kind) = line.strip_prefix("# TYPE ") {
+            let (metric, kind) = kind.split_once(' ').unwrap();
+            assert_eq!(metric, helped, "its help comes first");
             assert!(
-                known.insert(kind.split(' ').next().unwrap().to_owned()),
-                "twice: {line}"
+                ["counter", "gauge"].contains(&kind),
+                "nobody says what it is: {line}"
             );
+            assert!(known.insert(metric, kind).is_none(), "twice: {line}");
             continue;
         }
         let (name, value) = line.rsplit_once(' ').unwrap();
         value.parse::<u64>().unwrap();
         let metric = name.split('{').next().unwrap();
-        assert!(known.contains(metric), "{line} before its type");
+        assert!(known.contains_key(metric), "{line} before its type");
     }
+    assert_eq!(known["unibody_disk_writes"], "counter");
+    assert_eq!(known["unibody_disk_free_bytes"], "gauge");
+    assert!(metric_names::METRICS.is_sorted_by_key(|metric| metric.0));
     assert!(
         text.contains("unibody_volume_size_bytes{volume=\"v\"} 8388608\n"),
         "{text}"

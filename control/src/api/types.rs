@@ -172,6 +172,46 @@ pub struct GivenUp {
     pub unreadable: std::collections::BTreeMap<String, u64>,
 }
 
+/// Everything about one VM.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, ToSchema)]
+pub struct VmDetail {
+    /// As in the status of the cluster.
+    #[serde(flatten)]
+    pub summary: VmSummary,
+    /// Its definition, as the cluster keeps it: `vmm`, if one was chosen, and `spec`.
+    #[schema(value_type = Object)]
+    pub definition: serde_json::Value,
+    /// What its node says of its process: `vmm` and `status`; null if it does not run there.
+    #[schema(value_type = Option<Object>)]
+    pub process: serde_json::Value,
+}
+
+/// Which VMM is to run a VM.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Swap {
+    /// `cloud-hypervisor` or `qemu`.
+    pub to: String,
+    /// How long the guest may take to shut down.
+    #[serde(default = "minute")]
+    pub seconds: u64,
+}
+
+/// A volume to be taken from a VM.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct VolumeOff {
+    /// The volume.
+    pub volume: String,
+    /// How long the guest may take to let go of it.
+    #[serde(default = "minute")]
+    pub seconds: u64,
+}
+
+fn minute() -> u64 {
+    60
+}
+
 /// Whether data and VMs are to leave a node.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]

@@ -10,9 +10,9 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use super::vms::VmHost;
+use super::vms::{VmAct, VmHost};
 use super::volumes::Volumes;
-use super::{Ground, Input};
+use super::{Ground, Input, LocalAnswer};
 use crate::state::{Command, NodeId, State};
 
 /// How long a guest may take to shut down.
@@ -162,6 +162,46 @@ impl Machines {
         }
         let known = |name: &String| state.vms.contains_key(name) || running.contains_key(name);
         self.machines.retain(|name, machine| machine.busy || known(name));
+    }
+
+    /// Does what users ask of a VM, aside; one thing at a time, but for what must not wait.
+    pub(crate) fn act(
+        &mut self,
+        ground: &Ground,
+        name: String,
+        act: VmAct,
+        socket: Option<PathBuf>,
+        reply: tokio::sync::oneshot::Sender<LocalAnswer>,
+    ) {
+        let any_time = act.is_for_any_time();
+        if !any_time {
+            let machine = self.machines.entry(name.clone()).or_default();
+            if std::mem::replace(&mut machine.busy, true) {
+                let why = format!("VM {name} is being started or stopped: try again");
+                // A user who has hung up does not want to know, here and below.
+                reply.send(Err(why)).ok();
+                return;
+            }
+        }
+        let (host, inputs) = (Arc::clone(&self.host), ground.inputs.clone());
+        ground.aside("vm", move || {
+            let answer = host.act(&name, &act, socket.as_deref());
+            if !any_time {
+                // Before the user knows: what is asked next must not find this under way.
+                inputs.send(Input::Machine(name, Ok(()))).ok();
+            }
+            reply.send(answer).ok();
+            Input::Changed
+        });
+    }
+
+    /// Says which VMMs there are.
+    pub(crate) fn vmms(&self, ground: &Ground, reply: tokio::sync::oneshot::Sender<LocalAnswer>) {
+        let host = Arc::clone(&self.host);
+        ground.aside("vmms", move || {
+            reply.send(Ok(host.vmms())).ok();
+            Input::Changed
+        });
     }
 
     /// A VM that was to end has ended: its place is free.
@@ -352,6 +392,22 @@ mod tests {
 
         fn stop(&self, _: &str, _: Duration) -> Result<(), String> {
             Ok(())
+        }
+
+        fn amend(
+            &self,
+            _: &str,
+            _: &super::super::vms::VmChange,
+        ) -> Result<(super::super::vms::VmNeeds, String), String> {
+            Err("there is none".into())
+        }
+
+        fn act(&self, _: &str, _: &VmAct, _: Option<&Path>) -> Result<serde_json::Value, String> {
+            Err("there is none".into())
+        }
+
+        fn vmms(&self) -> serde_json::Value {
+            serde_json::Value::Null
         }
 
         fn running(&self) -> Result<Vec<String>, String> {

@@ -42,6 +42,7 @@ use unibody_dataplane::wire::handshake::{self, Counts, Incarnation, Local};
 
 use crate::admin::{Fault, NodeStatus};
 use crate::node::{self, DiskError, exports::Sessions};
+use crate::pace::Paces;
 use crate::raft::{Cluster, ClusterError, Lease, Options, Start, View};
 use crate::state::{Applied, Command, NodeId, Refused};
 
@@ -53,7 +54,7 @@ pub use leaving::{disks as disk_duties, goes};
 use machines::Machines;
 use peers::Peers;
 use proposer::Proposer;
-use vms::VmHost;
+use vms::{VmAct, VmHost};
 use volumes::Volumes;
 
 /// How often the agent looks at what is due.
@@ -147,6 +148,25 @@ pub enum LocalRequest {
         #[schema(value_type = Option<u64>)]
         to: Option<NodeId>,
     },
+    /// Do something to a VM that runs on it.
+    Vm {
+        /// The VM.
+        name: String,
+        /// What.
+        act: VmAct,
+    },
+    /// Which VMMs it has.
+    Vmms,
+}
+
+impl LocalRequest {
+    /// How long the guest may take that this is about.
+    pub(crate) fn patience(&self) -> Duration {
+        match self {
+            LocalRequest::Vm { act, .. } => act.patience(),
+            _ => Duration::ZERO,
+        }
+    }
 }
 
 /// The answer to a [`LocalRequest`]: a value, or what is wrong and what to do.
@@ -246,6 +266,7 @@ pub struct Agent {
     disks: Disks,
     volumes: Volumes,
     machines: Machines,
+    paces: Paces,
     peers: Peers,
     inputs: mpsc::Receiver<Input>,
     runtime: Option<tokio::runtime::Runtime>,
@@ -331,6 +352,7 @@ impl Agent {
             volumes: Volumes::new(sessions),
             disks: Disks::new(config.cache_bytes, config.faults),
             machines: Machines::new(host),
+            paces: Paces::default(),
             view: cluster.view(),
             ground,
             config,
@@ -435,6 +457,14 @@ impl Agent {
             }
             Input::Machine(name, outcome) => self.machines.worked(&name, outcome),
             Input::Machines(running) => self.machines.found(running),
+            Input::Request(LocalRequest::Vm { name, act }, reply) => {
+                let socket = match &act {
+                    VmAct::AddVolume(volume) => self.volumes.socket(&self.ground.dir, &volume.volume),
+                    _ => None,
+                };
+                self.machines.act(&self.ground, name, act, socket, reply);
+            }
+            Input::Request(LocalRequest::Vmms, reply) => self.machines.vmms(&self.ground, reply),
             Input::Request(request, reply) => {
                 // A user who has hung up does not want to know.
                 reply.send(self.request(request)).ok();
@@ -482,6 +512,12 @@ impl Agent {
     fn tick(&mut self) {
         self.disks.tick(&self.ground, &self.view.state);
         self.machines.tick(&self.ground);
+        let now = Instant::now();
+        if self.paces.due(now) {
+            let shards = self.ground.plane.status();
+            let volumes = self.volumes.status(&self.ground.dir, &self.view.state, &shards);
+            self.paces.look(now, &volumes);
+        }
         self.look();
     }
 
@@ -508,6 +544,9 @@ impl Agent {
                 .let_go(&self.ground, &volume, to)
                 .map(serde_json::Value::from)
                 .map_err(wrong),
+            LocalRequest::Vm { .. } | LocalRequest::Vmms => {
+                unreachable!("takes long, and is begun by the caller")
+            }
         }
     }
 
@@ -541,9 +580,11 @@ impl Agent {
 
     fn status(&self) -> NodeStatus {
         let shards = self.ground.plane.status();
+        let mut volumes = self.volumes.status(&self.ground.dir, &self.view.state, &shards);
+        self.paces.tell(&mut volumes);
         NodeStatus {
             disks: self.disks.status(&self.view.state, &shards),
-            volumes: self.volumes.status(&self.ground.dir, &self.view.state, &shards),
+            volumes,
             reactors: shards.iter().map(node::reactor_status).collect(),
             vms: self.machines.running(),
         }

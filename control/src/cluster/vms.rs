@@ -6,8 +6,11 @@
 //! What makes a VM that was moved harmless is not that it is ended here, which may come late, but that its volumes have
 //! another owner: every write of the old one is refused by the replicas.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
 
 /// What a definition asks for.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -18,6 +21,78 @@ pub struct VmNeeds {
     pub memory: u64,
     /// Names of its volumes, in the order in which the guest sees them.
     pub volumes: Vec<String>,
+}
+
+/// A volume of a VM, as its definition has it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct VmVolume {
+    /// The volume.
+    pub volume: String,
+    /// The guest may only read.
+    #[serde(default)]
+    pub readonly: bool,
+    /// Request queues.
+    #[serde(default = "one")]
+    pub queues: u16,
+}
+
+fn one() -> u16 {
+    1
+}
+
+/// A change of a definition.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum VmChange {
+    /// Another VMM is to run it.
+    Vmm(String),
+    /// It gets another volume.
+    AddVolume(VmVolume),
+    /// It has a volume no more.
+    RemoveVolume(String),
+}
+
+/// What is done to the process of a VM on its node.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(tag = "do", rename_all = "kebab-case", deny_unknown_fields)]
+pub enum VmAct {
+    /// Say what it does: null if it does not run.
+    Status,
+    /// End it at once.
+    Kill,
+    /// Let the guest shut down; kill it if it has not after so long.
+    Stop {
+        /// So long.
+        seconds: u64,
+    },
+    /// Stop its virtual CPUs.
+    Pause,
+    /// Let them run again.
+    Resume,
+    /// Give it a volume that is served on its node.
+    AddVolume(VmVolume),
+    /// Take a volume from it, if it has it.
+    RemoveVolume {
+        /// The volume.
+        volume: String,
+        /// How long the guest may take to let go of it.
+        seconds: u64,
+    },
+}
+
+impl VmAct {
+    /// It neither changes what another act relies on, nor may it wait for one: a VM that does not end can be killed.
+    pub(crate) fn is_for_any_time(&self) -> bool {
+        matches!(self, VmAct::Status | VmAct::Kill)
+    }
+
+    /// How long the guest may take.
+    pub(crate) fn patience(&self) -> Duration {
+        Duration::from_secs(match self {
+            VmAct::Stop { seconds } | VmAct::RemoveVolume { seconds, .. } => *seconds,
+            _ => 0,
+        })
+    }
 }
 
 /// Runs VMs on this machine. They outlive the process.
@@ -40,6 +115,21 @@ pub trait VmHost: Send + Sync {
     /// # Errors
     /// When it still runs.
     fn stop(&self, name: &str, patience: Duration) -> Result<(), String>;
+
+    /// The definition of before with a change, as [`VmHost::check`] gives it.
+    ///
+    /// # Errors
+    /// When the change makes no sense; why.
+    fn amend(&self, definition: &str, change: &VmChange) -> Result<(VmNeeds, String), String>;
+
+    /// Does something to a VM that runs; `socket` is where a volume to be added is served.
+    ///
+    /// # Errors
+    /// When it was not done; why, and what to do.
+    fn act(&self, name: &str, act: &VmAct, socket: Option<&Path>) -> Result<serde_json::Value, String>;
+
+    /// Which VMMs there are on this machine, and of those that can not be used, why.
+    fn vmms(&self) -> serde_json::Value;
 
     /// The VMs that this node started and that run now.
     ///

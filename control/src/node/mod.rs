@@ -29,6 +29,7 @@ use unibody_dataplane::replica::ChunkRef;
 
 use crate::admin::{Fault, Request, Response, VolumeSpec};
 use crate::local::{ExecuteError, LocalState, OpenError};
+use crate::pace::Paces;
 use crate::planner::{self, PlanError};
 use crate::state::{Applied, Command, Disk, NodeId, Refused, Replica, ReplicaState};
 
@@ -150,6 +151,7 @@ pub struct Node {
     backlog: VecDeque<Input>,
     sender: mpsc::Sender<Input>,
     notices: Vec<String>,
+    paces: Paces,
     _door: Option<operator::Door>,
 }
 
@@ -205,6 +207,7 @@ impl Node {
             backlog: VecDeque::new(),
             sender,
             notices: Vec::new(),
+            paces: Paces::default(),
             _door: None,
             options,
         };
@@ -450,6 +453,10 @@ impl Node {
             }
         }
         self.move_replicas();
+        if self.paces.due(now) {
+            let volumes = self.volume_status(&self.plane.status());
+            self.paces.look(now, &volumes);
+        }
     }
 }
 

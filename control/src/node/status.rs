@@ -18,40 +18,40 @@ impl Node {
     /// Everything there is to know.
     pub(super) fn status(&self) -> NodeStatus {
         let shards = self.plane.status();
+        let mut volumes = self.volume_status(&shards);
+        self.paces.tell(&mut volumes);
         NodeStatus {
             disks: self
                 .disks
                 .iter()
                 .map(|disk| disk_status(disk, self.control.state(), &shards))
                 .collect(),
-            volumes: self
-                .volumes
-                .iter()
-                .flatten()
-                .map(|volume| {
-                    let state = self.control.state();
-                    let Some(record) = state.volumes.get(&volume.name) else {
-                        // It is deleted and its last I/O has not ended.
-                        return VolumeStatus {
-                            name: volume.name.clone(),
-                            state: "offline".into(),
-                            ..VolumeStatus::default()
-                        };
-                    };
-                    let mut status = volume_status(
-                        &volume.name,
-                        record,
-                        volume.index,
-                        volume.export.as_ref(),
-                        &shards,
-                    );
-                    status.socket = volume.socket.clone();
-                    status
-                })
-                .collect(),
+            volumes,
             reactors: shards.iter().map(reactor_status).collect(),
             vms: Vec::new(),
         }
+    }
+
+    pub(super) fn volume_status(&self, shards: &[ShardStatus]) -> Vec<VolumeStatus> {
+        self.volumes
+            .iter()
+            .flatten()
+            .map(|volume| {
+                let state = self.control.state();
+                let Some(record) = state.volumes.get(&volume.name) else {
+                    // It is deleted and its last I/O has not ended.
+                    return VolumeStatus {
+                        name: volume.name.clone(),
+                        state: "offline".into(),
+                        ..VolumeStatus::default()
+                    };
+                };
+                let mut status =
+                    volume_status(&volume.name, record, volume.index, volume.export.as_ref(), shards);
+                status.socket = volume.socket.clone();
+                status
+            })
+            .collect()
     }
 }
 

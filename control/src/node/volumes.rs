@@ -140,12 +140,20 @@ impl Node {
                         spec.name
                     )))
                 };
-                match (spec.size, spec.mirror) {
-                    (Some(size), _) if size != record.size => return wrong("size", record.size, size),
-                    (_, Some(mirror)) if mirror != record.mirror => {
-                        return wrong("mirror", u64::from(record.mirror), u64::from(mirror));
-                    }
-                    _ => {}
+                let wanted = [
+                    ("size", record.size, spec.size),
+                    ("mirror", record.mirror.into(), spec.mirror.map(u64::from)),
+                    (
+                        "width",
+                        record.stripe_width.into(),
+                        spec.stripe_width.map(u64::from),
+                    ),
+                    ("unit", record.stripe_unit, spec.stripe_unit),
+                ];
+                let differs =
+                    |&(_, has, asked): &(_, u64, Option<u64>)| asked.is_some_and(|asked| asked != has);
+                if let Some((what, has, Some(asked))) = wanted.into_iter().find(differs) {
+                    return wrong(what, has, asked);
                 }
             }
         }

@@ -10,7 +10,8 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail};
 use clap::{Args, ValueEnum};
 
-use crate::output::parse_size;
+use crate::output::{Out, parse_size};
+use crate::progress::Bar;
 use client::Client;
 use report::{Report, Side, Usage};
 
@@ -83,9 +84,6 @@ pub(crate) struct BenchArgs {
     /// The server's process, for its CPU time [default: who listens on the first socket].
     #[arg(long)]
     server_pid: Option<u32>,
-    /// Print JSON in the shape of fio's.
-    #[arg(long)]
-    json: bool,
 }
 
 /// Rounds without an answer between two looks at the clock.
@@ -143,13 +141,14 @@ struct Job<'a> {
     sequence: u64,
 }
 
-pub(crate) fn run(args: BenchArgs) -> Result<()> {
+/// JSON is in the shape of fio's.
+pub(crate) fn run(args: BenchArgs, out: Out) -> Result<()> {
     if let Some(core) = args.core {
         unibody_dataplane::reactor::pin::pin_current(core)
             .with_context(|| format!("core {core} can not be used"))?;
     }
-    let report = measure(&args)?;
-    if args.json {
+    let report = measure(&args, Bar::new("bench", out))?;
+    if out.json {
         println!("{}", serde_json::to_string_pretty(&report.json("bench"))?);
     } else {
         report.print();
@@ -295,7 +294,7 @@ impl Job<'_> {
 }
 
 /// Runs the load of `args` and reports.
-fn measure(args: &BenchArgs) -> Result<Report> {
+fn measure(args: &BenchArgs, mut bar: Bar) -> Result<Report> {
     let mut jobs = jobs(args)?;
     let pid = args.server_pid.or_else(|| peer_pid(&args.sockets[0]).ok());
     let whole = args.fill || args.verify_only;
@@ -382,6 +381,15 @@ fn measure(args: &BenchArgs) -> Result<Report> {
                 now = Instant::now();
             }
         }
+        if bar.due(now) {
+            match whole {
+                true => bar.show(
+                    jobs.iter().map(|job| job.addresses.next).sum(),
+                    jobs.iter().map(|job| job.addresses.slots).sum(),
+                ),
+                false => bar.show((now - start).as_millis() as u64, (end - start).as_millis() as u64),
+            }
+        }
         if active && now.duration_since(last_answer) > client::PATIENCE {
             bail!(
                 "nothing was answered for {} s: is the server still there?",
@@ -392,6 +400,7 @@ fn measure(args: &BenchArgs) -> Result<Report> {
             break;
         }
     }
+    bar.end();
     if args.fill {
         for job in &mut jobs {
             job.client.flush(0);

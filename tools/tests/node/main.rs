@@ -120,6 +120,24 @@ fn what_is_wrong_is_said_with_what_to_do() {
         "a refused format left the file alone"
     );
     says(fails(&["disk", "check", &foreign]), "");
+    for (absent, what) in [
+        (place.str("absent.img"), "absent.img"),
+        (foreign.clone(), "foreign.img"),
+    ] {
+        let output = std::process::Command::new(env!("CARGO_BIN_EXE_unibody"))
+            .args(["disk", "check", &absent, "--json"])
+            .output()
+            .unwrap();
+        assert_eq!(output.status.code(), Some(2), "{what}");
+        let report: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+        assert_eq!(report["verdict"], "unusable", "{what}: {report}");
+    }
+    let error = std::process::Command::new(env!("CARGO_BIN_EXE_unibody"))
+        .args(["status", "--json", "--control", &place.str("nobody.sock")])
+        .output()
+        .unwrap();
+    let error: serde_json::Value = serde_json::from_slice(&error.stdout).unwrap();
+    says(error["error"].to_string(), "unibody serve");
     says(
         fails(&["status", "--control", &place.str("nobody.sock")]),
         "unibody serve",
@@ -127,6 +145,51 @@ fn what_is_wrong_is_said_with_what_to_do() {
     says(
         fails(&["bench", &place.str("nobody.sock")]),
         "is a node serving it?",
+    );
+}
+
+#[test]
+fn what_is_done_is_told_to_scripts_and_a_volume_is_not_taken_for_another() {
+    let place = Place::new();
+    let json = |text: String| -> serde_json::Value { serde_json::from_str(&text).unwrap() };
+    let formatted = json(runs(&[
+        "disk",
+        "format",
+        &place.str("a.img"),
+        "--size",
+        "256M",
+        "--json",
+    ]));
+    assert_eq!(formatted["disk"].as_str().unwrap().len(), 32, "{formatted}");
+    let (disk, state) = (place.str("a.img"), place.str("state"));
+    let flags = ["--disk", &disk, "--state", &state];
+    let made = "v,size=16M,mirror=1,width=2,unit=64K";
+    let node = Node::start(&[&flags[..], &["--volume", made]].concat());
+    let tell = |arguments: &[&str]| json(node.run(&[arguments, &["--json"]].concat()));
+    assert_eq!(
+        tell(&["volume", "create", "w", "--size", "16M", "--mirror", "1"])["volume"],
+        "w"
+    );
+    assert_eq!(
+        tell(&["volume", "resize", "w", "--size", "32M"])["size"],
+        32 << 20
+    );
+    assert_eq!(tell(&["volume", "delete", "w"])["deleted"], true);
+    assert_eq!(tell(&["disk", "add", "mem:64M"])["kind"], "memory");
+    assert_eq!(tell(&["status"])["volumes"][0]["name"], "v");
+    assert_eq!(node.terminate(), Some(0));
+    for (other, what) in [
+        ("v,size=32M", "size"),
+        ("v,mirror=2", "mirror"),
+        ("v,width=1", "width"),
+        ("v,unit=128K", "unit"),
+    ] {
+        let said = fails(&[&["serve"], &flags[..], &["--volume", other]].concat());
+        assert!(said.contains(&format!("exists with {what}")), "{other}: {said}");
+    }
+    assert_eq!(
+        Node::start(&[&flags[..], &["--volume", made]].concat()).terminate(),
+        Some(0)
     );
 }
 

@@ -52,6 +52,9 @@ fn a_vm_outlives_the_command_that_started_it_and_the_data_plane() {
         text
     };
     let running = || vm(&["list"]).contains("Running");
+    let of = |arguments: &[&str]| -> serde_json::Value {
+        serde_json::from_str(&vm(&[arguments, &["--json"]].concat())).unwrap()
+    };
     vm(&["start", &spec, "--vmm", "qemu"]);
     let end = std::time::Instant::now() + Duration::from_secs(60);
     while unibody_vmm_adapter::guest::verdict(&serial).is_none() {
@@ -66,6 +69,37 @@ fn a_vm_outlives_the_command_that_started_it_and_the_data_plane() {
         status["volumes"][0]["counters"]["connected"] == 1
     });
     assert!(running());
+    vm(&["pause", "hold"]);
+    assert_eq!(of(&["status", "hold"])["status"]["phase"], "paused");
+    vm(&["resume", "hold"]);
+    assert_eq!(of(&["status", "hold"])["status"]["phase"], "running");
+
+    // The other VMM gets it as it is now: with the volume that the specification in the file does not have.
+    let more = place.str("more.sock");
+    node.run(&[
+        "volume", "create", "more", "--size", "64M", "--mirror", "1", "--socket", &more,
+    ]);
+    assert_eq!(of(&["add-volume", "hold", "more", &more])["added"], "more");
+    let vmms = of(&["vmms"]);
+    let other = vmms
+        .as_array()
+        .unwrap()
+        .iter()
+        .find(|vmm| vmm["vmm"] == "cloud-hypervisor");
+    if other.unwrap()["error"].is_string() {
+        eprintln!(
+            "SKIPPED the swap of a VM: it needs Cloud Hypervisor: {}",
+            other.unwrap()["error"]
+        );
+    } else {
+        let swapped = of(&["swap", "hold", "--to", "cloud-hypervisor", "--timeout", "1"]);
+        assert_eq!(swapped["stopped"], "killed", "this guest ignores the button");
+        assert_eq!(of(&["status", "hold"])["vmm"], "cloud-hypervisor");
+        node.wait("both volumes are in use", |status| {
+            let volumes = status["volumes"].as_array().unwrap();
+            volumes.iter().all(|volume| volume["counters"]["connected"] == 1)
+        });
+    }
     vm(&["kill", "hold"]);
     assert!(!running());
     assert_eq!(node.terminate(), Some(0));

@@ -67,6 +67,82 @@ fn a_vm_is_defined_started_listed_everywhere_stopped_and_deleted() {
 }
 
 #[test]
+fn a_vm_is_worked_on_from_any_node_and_stays_what_it_became() {
+    let name = "a_vm_is_worked_on_from_any_node_and_stays_what_it_became";
+    if !can_run(name, VmmKind::Qemu) {
+        return;
+    }
+    let cluster = Cluster::start(2, "256M");
+    cluster.create_volume("web");
+    cluster.create_volume("data");
+    let spec = cluster.definition("web", "64M");
+    cluster.run(1, &["vm", "start", &spec, "--vmm", "qemu", "--on", "n2"]);
+    assert_eq!(cluster.guest_says("web"), "wrote");
+    // The first node is asked, the second one does it.
+    let of = |arguments: &[&str]| -> serde_json::Value {
+        let text = cluster.run(1, &[&["vm"], arguments, &["--json"]].concat());
+        serde_json::from_str(&text).unwrap()
+    };
+    let phase = || of(&["status", "web"])["process"]["status"]["phase"].clone();
+    of(&["pause", "web"]);
+    assert_eq!(phase(), "paused");
+    of(&["resume", "web"]);
+    assert_eq!(phase(), "running");
+    let here = cluster.fails(1, &["vm", "pause", "nobody"]);
+    assert!(
+        here.contains("nobody") && !here.contains("/run/"),
+        "it is the cluster's: {here}"
+    );
+    let by_itself = cluster.fails(1, &["vm", "status", "web", "--control", "nobody.sock"]);
+    assert!(
+        by_itself.contains("by itself") && by_itself.contains("--node-dir"),
+        "{by_itself}"
+    );
+
+    of(&["add-volume", "web", "data"]);
+    let used = |status: &serde_json::Value| {
+        let data = volume(status, "data");
+        data["vm"] == "web" && data["owner"] == "n2" && data["counters"]["connected"] == 1
+    };
+    cluster.wait(1, "the guest has the other volume", used);
+
+    let last = if can_run(name, VmmKind::CloudHypervisor) {
+        of(&["swap", "web", "--to", "cloud-hypervisor"]);
+        assert_eq!(
+            cluster.guest_says("web"),
+            "verified",
+            "the same data under the other VMM"
+        );
+        cluster.wait(1, "it has both volumes there too", used);
+        let swapped = of(&["status", "web"]);
+        assert_eq!(
+            (&swapped["process"]["vmm"], &swapped["node"]),
+            (&"cloud-hypervisor".into(), &"n2".into())
+        );
+        "cloud-hypervisor"
+    } else {
+        "qemu"
+    };
+    of(&["kill", "web"]);
+    assert!(cluster.vmm(2, "web").is_none());
+    // What was added stays, what is taken from one that is stopped is not there at its next start.
+    assert_eq!(
+        of(&["status", "web"])["volumes"],
+        serde_json::json!(["web", "data"])
+    );
+    of(&["remove-volume", "web", "data"]);
+    cluster.run(2, &["vm", "start", "web", "--on", "n1"]);
+    assert_eq!(cluster.guest_says("web"), "verified");
+    let now = of(&["status", "web"]);
+    assert_eq!(
+        (&now["process"]["vmm"], &now["volumes"]),
+        (&last.into(), &serde_json::json!(["web"]))
+    );
+    cluster.run(1, &["vm", "kill", "web"]);
+    cluster.run(1, &["volume", "delete", "data"]);
+}
+
+#[test]
 fn a_vm_runs_elsewhere_when_its_node_is_killed_and_what_is_left_behind_ends() {
     let Some(_) = VmmKind::ALL
         .into_iter()
