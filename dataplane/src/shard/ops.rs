@@ -114,7 +114,8 @@ pub(super) struct Ops {
     slots: Vec<Op>,
     free: Vec<u32>,
     waiting: VecDeque<u32>,
-    /// Private memory that a late request still carries while its operation went on. One for a name at most.
+    /// Private memory that a late request still carries while its operation went on (a zero carries none). One for a name
+    /// at most.
     behind: Vec<Option<Lent>>,
     behind_free: Vec<u32>,
     /// Buffers were given back since those who wait were looked at.
@@ -532,17 +533,20 @@ impl Shard {
             .as_mut()
             .expect("a volume with operations in hand stays");
         // An operation that goes on needs another name.
-        if (ends || volume.names.room() > 0)
-            && let Some(lent) = op.lent.take()
-        {
+        let bare = matches!(op.request.kind, Kind::Discard | Kind::WriteZeroes);
+        if (ends || volume.names.room() > 0) && (bare || op.lent.is_some()) {
             let place = self.ops.behind_free.pop().unwrap_or_else(|| {
                 self.ops.behind.push(None);
                 self.ops.behind.len() as u32 - 1
             });
-            // The volume's share is for what it still has to do: it would wait for the late disk after all.
-            volume.large -= self.buffers.large(&lent);
-            self.ops.given = true;
-            self.ops.behind[place as usize] = Some(lent);
+            if let Some(lent) = op.lent.take() {
+                // The volume's share is for what it still has to do: it would wait for the late disk after all.
+                volume.large -= self.buffers.large(&lent);
+                self.ops.given = true;
+                self.ops.behind[place as usize] = Some(lent);
+            }
+            // It was decided here, and the guest may change its mind: there is no name for a flush.
+            op.flushing |= ends;
             volume.names.op[op.name.0 as usize] = BEHIND | place;
             volume.names.in_hand += 1;
             self.window_over(id);
@@ -556,11 +560,11 @@ impl Shard {
             return self.window_over(holder);
         }
         let place = holder & !BEHIND;
-        let lent = self.ops.behind[place as usize].take();
+        if let Some(lent) = self.ops.behind[place as usize].take() {
+            self.buffers.give(lent);
+            self.ops.given = true;
+        }
         self.ops.behind_free.push(place);
-        self.buffers
-            .give(lent.expect("memory left behind is released once"));
-        self.ops.given = true;
         if let Some(volume) = &mut self.volumes[usize::from(volume.0)] {
             volume.names.in_hand -= 1;
         }

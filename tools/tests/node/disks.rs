@@ -180,6 +180,35 @@ fn a_hung_disk_holds_up_no_request_of_the_guest() {
     assert_eq!(node.terminate(), Some(0));
 }
 
+/// A discard has no memory that the hung disk could still have.
+#[test]
+fn a_hung_disk_holds_up_no_discard() {
+    let place = Place::new();
+    let (a, b) = (place.disk("a.img", "256M"), place.disk("b.img", "256M"));
+    let node = Node::start(&[
+        "--faults",
+        "--disk",
+        &a,
+        "--disk",
+        &b,
+        "--state",
+        &place.str("state"),
+        "--volume",
+        &place.volume("v", "size=64M,mirror=2"),
+    ]);
+    let socket = place.str("v.sock");
+    runs(&["bench", &socket, "--fill", "--bs", "64K"]);
+    node.run(&["disk", "fault", &b, "stuck"]);
+    // Of a single block: the rest of the extent stays, so the device has to write zeros.
+    runs(&["bench", &socket, "--rw", "trim", "--bs", "4K", "--runtime", "5"]);
+    assert_eq!(node.status()["disks"][1]["state"], "leaving");
+    node.run(&["disk", "fault", &b, "none"]);
+    node.wait("the disk is back", |status| {
+        status["volumes"][0]["state"] == "healthy"
+    });
+    assert_eq!(node.terminate(), Some(0));
+}
+
 /// A volume whose only disk hangs keeps what its requests have of the reactor's memory, and leaves enough to the others.
 #[test]
 fn a_volume_that_hangs_does_not_starve_the_others() {
