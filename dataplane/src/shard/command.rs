@@ -166,14 +166,15 @@ impl Shard {
                 volume.routes.push(None);
             }
             let route = &mut volume.routes[number];
+            // A disk that moved here from another node is taken only once the mirror heard that it went there: it may be
+            // another opening, which has to be sealed.
+            if route.is_some() {
+                continue;
+            }
             if let Some(up) = self.disks.iter().flatten().find(|up| up.uuid == uuid) {
-                if *route != Some(Route::Near(up.index)) {
-                    *route = Some(Route::Near(up.index));
-                    fresh.push((uuid, true));
-                }
-            } else if route.is_none()
-                && let Some(far) = self.links.reach(uuid)
-            {
+                *route = Some(Route::Near(up.index));
+                fresh.push((uuid, true));
+            } else if let Some(far) = self.links.reach(uuid) {
                 *route = Some(far);
                 fresh.push((uuid, false));
             }

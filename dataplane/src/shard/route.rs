@@ -41,9 +41,12 @@ impl Shard {
             if !self.replies.is_empty() {
                 self.look_at_lease();
             }
-            while let Some((address, reply)) = self.replies.pop_front() {
-                moved = true;
-                self.answered(address, reply);
+            // Those that come meanwhile are for the next round, which looks at the lease anew.
+            for _ in 0..self.replies.len() {
+                if let Some((address, reply)) = self.replies.pop_front() {
+                    moved = true;
+                    self.answered(address, reply);
+                }
             }
             moved |= self.carry_news();
             if !self.ops.waiting_is_empty() {
