@@ -583,7 +583,7 @@ fn a_replica_is_removed_when_its_successor_is_in_sync_and_not_before() {
         );
         assert!(refused(&mut state, &remove).contains("no replica more"));
         if mirror > 1 {
-            assert!(refused(&mut state, &Step::Add(0, 0, Some(5))).contains("one failure domain"));
+            assert!(refused(&mut state, &Step::Add(0, 0, Some(5))).contains("failure domain"));
         }
         let added = command(&state, &add).unwrap();
         state.apply(&added).unwrap();

@@ -110,6 +110,11 @@ pub(super) const METRICS: &[(&str, Kind, &str)] = &[
     ),
     ("volume_blocks_lost", Counter, "Blocks recorded lost."),
     (
+        "volume_blocks_repaired",
+        Counter,
+        "Blocks made good on replicas in sync.",
+    ),
+    (
         "volume_bytes_synced",
         Counter,
         "Bytes sent to replicas to make them equal.",
@@ -142,6 +147,11 @@ pub(super) const METRICS: &[(&str, Kind, &str)] = &[
         "Operations failed for want of room.",
     ),
     ("volume_errors_timeout", Counter, "Operations failed by time."),
+    (
+        "volume_generations_renewed",
+        Counter,
+        "New generations taken while serving.",
+    ),
     (
         "volume_heal_seconds",
         Gauge,
@@ -183,6 +193,11 @@ pub(super) const METRICS: &[(&str, Kind, &str)] = &[
         "volume_regions_unsettled",
         Gauge,
         "Regions to be compared before their first I/O.",
+    ),
+    (
+        "volume_regions_verified",
+        Counter,
+        "Regions read and compared on all replicas.",
     ),
     ("volume_replicas", Gauge, "Replicas wanted."),
     ("volume_replicas_in_sync", Gauge, "Replicas in sync."),

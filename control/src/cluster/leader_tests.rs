@@ -375,24 +375,25 @@ fn a_vm_that_can_not_run_elsewhere_has_no_place_on_a_node_that_is_gone() {
     let mut state = cluster(3);
     volume(&mut state, "v", Some(1));
     volume(&mut state, "w", Some(1));
+    // Each of the others is full.
+    vm(&mut state, "b", &[], Some(2));
+    vm(&mut state, "c", &[], Some(3));
+    let mut large = state.clone();
+
     vm(&mut state, "stopping", &["v"], Some(1));
     let stop = Command::RunVm {
         name: "stopping".into(),
         run: false,
     };
     state.apply(&stop).unwrap();
-    // Each of the others is full.
-    vm(&mut state, "b", &[], Some(2));
-    vm(&mut state, "c", &[], Some(3));
-    let mut large = state.clone();
     let gone = life(&[(1, Life::Gone), (2, Life::Alive), (3, Life::Alive)]);
     settle(&mut state, &gone);
     assert_eq!(state.vms["stopping"].node, None, "it has stopped with its node");
     assert!(matches!(state.volumes["v"].owner, Some(NodeId(2 | 3))));
 
-    vm(&mut large, "no room", &["w"], Some(1));
+    vm(&mut large, "large", &["w"], Some(1));
     settle(&mut large, &gone);
-    assert_eq!(large.vms["no room"].node, None);
+    assert_eq!(large.vms["large"].node, None);
     assert!(matches!(large.volumes["w"].owner, Some(NodeId(2 | 3))));
     // It is placed as soon as there is room, and its volume can follow it.
     let free = Command::RunVm {
@@ -407,5 +408,5 @@ fn a_vm_that_can_not_run_elsewhere_has_no_place_on_a_node_that_is_gone() {
     };
     large.apply(&left).unwrap();
     settle(&mut large, &gone);
-    assert_eq!(large.vms["no room"].node, Some(NodeId(2)));
+    assert_eq!(large.vms["large"].node, Some(NodeId(2)));
 }

@@ -42,7 +42,7 @@ fn all_commands() -> Vec<Command> {
     let mut commands = commands_of_format_2();
     let forgets = |command: &Command| matches!(command, Command::ForgetDisk { .. });
     let at = commands.iter().position(forgets).expect("it is there") + 1;
-    let (b, c, d) = (DiskUuid(0xb), DiskUuid(0xc), DiskUuid(0xd));
+    let (a, b, c, d) = (DiskUuid(0xa), DiskUuid(0xb), DiskUuid(0xc), DiskUuid(0xd));
     let name = || "v".to_owned();
     let generation = 1;
     let moving = [
@@ -65,7 +65,7 @@ fn all_commands() -> Vec<Command> {
             generation,
             config: 9,
             from: c,
-            to: vec![(1, d)],
+            to: vec![(1, a)],
         },
         Command::RemoveReplicas {
             name: name(),
