@@ -28,6 +28,15 @@ const KEPT: &[(u64, &str)] = &[
         1272,
         "an owner recorded new spans of power and died before it said that power was lost; the next one kept silent",
     ),
+    (
+        3097,
+        "the slots of a dropped replica were zeroed before the drop was durable, and it came back with its records",
+    ),
+    (
+        3238,
+        "a zeroing met an extent that a write before it was about to make, on one disk and not on the other",
+    ),
+    (3529, "as 3097"),
 ];
 
 /// Rare branches that the default run must reach.

@@ -157,7 +157,9 @@ impl Store {
         chunk.free_cursor = 0;
         self.counters.dropping += 1;
         self.free_work = true;
-        self.journal_chunk(place)
+        let need = self.journal_chunk(place);
+        self.tables.chunks[place as usize].mark_need = need;
+        need
     }
 
     /// What the journal must complete so that everything in it so far is written.

@@ -21,6 +21,11 @@ impl Store {
         }
         let (place, extent) = (self.ops[i].place, self.ops[i].extent);
         let state = self.tables.chunks[place as usize].entry.state;
+        let dropped = self.tables.chunks[place as usize].mark_need;
+        if state == ChunkState::Dropping && self.journal.durable < dropped {
+            // A loss of power could bring the replica back, with zeros for what its records say is there.
+            return self.wait_flush(i, dropped, Step::Begin);
+        }
         let map = self.tables.chunks[place as usize]
             .map
             .as_mut()

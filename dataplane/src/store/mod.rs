@@ -333,7 +333,10 @@ impl Store {
                 if version.0 == 0 {
                     return Err(Status::Invalid);
                 }
-                (span.chunk, span.extent, span_mask(span.first, span.count)?, true)
+                let mask = span_mask(span.first, span.count)?;
+                // What a zeroing does depends on whether the extent is there: it waits for a write that will make it.
+                let whole = matches!(request, Request::Zero { .. });
+                (span.chunk, span.extent, if whole { u16::MAX } else { mask }, true)
             }
             Request::Read { span, .. } => {
                 (span.chunk, span.extent, span_mask(span.first, span.count)?, false)
