@@ -35,7 +35,7 @@ const FOUND: &[(Bug, u64)] = &[
     (Bug::AckBeforeJournal, 400),
     (Bug::SkipDirtyMark, 120),
     (Bug::FreeJournalEarly, 120),
-    (Bug::CleanAboveStable, 120),
+    (Bug::CleanAboveStable, 1000),
 ];
 
 /// The first seed that finds the bug, and how.
