@@ -603,6 +603,10 @@ impl Agent {
                 Ok(Input::Decided(index, of, outcome)) => {
                     self.volumes.decided(&self.ground, index, of, outcome);
                 }
+                // An owner whose proposal was refused meanwhile waits to hear under which generation.
+                Ok(Input::Renewed(index, of, outcome)) => {
+                    self.volumes.generation_renewed(&self.ground, index, of, outcome);
+                }
                 Ok(Input::Quiet(index)) => self.volumes.quiet(&self.ground, index),
                 _ => {}
             }

@@ -253,7 +253,11 @@ impl Mirror {
                 // The generation has changed since: what the disk has obeyed is not enough any more.
                 Some(Reply::Sealed(_)) if pending.generation != self.generation => self.seal(d, out),
                 Some(Reply::Sealed(sealed)) => self.sealed(d, &sealed, out),
-                Some(_) => self.counts.odd += 1,
+                Some(_) => {
+                    self.counts.odd += 1;
+                    // It obeys nobody that is known: what waits for it would wait for ever.
+                    self.lose_disk(d, out);
+                }
                 None => {}
             },
             Purpose::Flush { covers } => {

@@ -15,6 +15,8 @@
 //!
 //! Deliberately absent: comparing replicas. The owner stays the same and so does what it knows of them.
 
+use std::collections::VecDeque;
+
 use super::disks::Purpose;
 use super::{DiskIndex, Effect, Mirror, Phase, RequestId};
 use crate::config::VolumeConfig;
@@ -81,42 +83,47 @@ impl Mirror {
 
     /// Sends what waited and need not wait any longer; what is for a disk that was lost ends as if it had been lost on it.
     pub(super) fn let_through(&mut self, out: &mut Vec<Effect>) {
-        let mut waiting = 0;
-        while !self.quiescing && waiting < self.held.len() {
-            let Some((id, request)) = self.held.pop_front() else {
-                return;
-            };
-            let disk = self.pending_disk(id);
-            let state = &mut self.disks[usize::from(disk)];
-            if state.resealing {
-                self.held.push_back((id, request));
-                waiting += 1;
-                continue;
+        let mut moved = !self.held.is_empty();
+        while std::mem::take(&mut moved) {
+            // What ends may make others wait: they come behind those that wait already.
+            let mut kept = VecDeque::new();
+            for (id, request) in std::mem::take(&mut self.held) {
+                let disk = self.pending_disk(id);
+                let state = &mut self.disks[usize::from(disk)];
+                if self.quiescing || state.resealing {
+                    kept.push_back((id, request));
+                    continue;
+                }
+                moved = true;
+                state.held -= 1;
+                if state.sealed {
+                    self.emit(disk, id, request, out);
+                } else {
+                    self.unsent(id, out);
+                }
             }
-            waiting = 0;
-            state.held -= 1;
-            if state.sealed {
-                self.emit(disk, id, request, out);
-            } else {
-                self.unsent(id, out);
-            }
+            kept.append(&mut self.held);
+            self.held = kept;
         }
     }
 
     /// Ends what waits for a disk, or for any of them.
     pub(super) fn drop_held(&mut self, of: Option<usize>, out: &mut Vec<Effect>) {
-        for _ in 0..self.held.len() {
-            let Some((id, request)) = self.held.pop_front() else {
-                return;
-            };
+        if self.held.is_empty() {
+            return;
+        }
+        let mut kept = VecDeque::new();
+        for (id, request) in std::mem::take(&mut self.held) {
             let disk = usize::from(self.pending_disk(id));
             if of.is_none_or(|d| d == disk) {
                 self.disks[disk].held -= 1;
                 self.unsent(id, out);
             } else {
-                self.held.push_back((id, request));
+                kept.push_back((id, request));
             }
         }
+        kept.append(&mut self.held);
+        self.held = kept;
     }
 
     /// The owner leaves: what is in hand is finished under the present generation, unless the next one is there already.

@@ -556,6 +556,30 @@ fn a_new_generation_is_taken_under_a_running_guest() {
     assert_eq!(scene.mirror.phase(), Phase::Detached);
 }
 
+/// What waits for a new generation goes to each disk in the order in which it was asked.
+#[test]
+fn what_waited_for_a_new_generation_is_sent_in_order() {
+    let mut scene = Scene::with(FEW_VERSIONS);
+    let arena = Arena::new(1).unwrap();
+    for op in 0..24u32 {
+        let at = u64::from(op % 16) * BLOCK as u64;
+        let data = arena.payload(0);
+        scene.mirror.submit(
+            OpId(op),
+            OpKind::Write,
+            at,
+            BLOCK as u64,
+            data,
+            &[0],
+            &mut scene.out,
+        );
+    }
+    scene.play();
+    assert_eq!(scene.done.len(), 24);
+    assert!(scene.done.iter().all(|(_, result, _)| result.is_ok()));
+    assert!(scene.mirror.status().renewals > 0);
+}
+
 /// A disk falls silent while requests of the old generation are out: it is dropped in the name of the new one, and not waited
 /// for a moment longer.
 #[test]
