@@ -264,6 +264,14 @@ impl Cluster {
         said.split(' ').next().unwrap().to_owned()
     }
 
+    /// What a guest says that was shut down and started again: the log may still end with the end of the one before.
+    pub(crate) fn next_guest_says(&self, name: &str) -> String {
+        match self.guest_says(name).as_str() {
+            "stopped" => self.guest_says(name),
+            said => said.to_owned(),
+        }
+    }
+
     /// Whether the guest has said anything since.
     pub(crate) fn guest_is_silent(&self, name: &str) -> bool {
         guest::verdict(&self.path(&format!("{name}.serial"))).is_none()
