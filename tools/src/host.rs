@@ -163,7 +163,7 @@ impl VmHost for Host {
         let done = match act {
             VmAct::Status => return process(&*vmm, name).map_err(|error| chain(&error)),
             VmAct::Kill => vmm.kill(name).map(drop),
-            VmAct::Stop { seconds } => vmm.stop(name, Duration::from_secs(*seconds)).map(drop),
+            VmAct::Stop { .. } => vmm.stop(name, act.patience()).map(drop),
             VmAct::Pause => vmm.pause(name),
             VmAct::Resume => vmm.resume(name),
             VmAct::AddVolume(volume) => {
@@ -176,10 +176,10 @@ impl VmHost for Host {
                 };
                 vmm.add_volume(name, &volume)
             }
-            VmAct::RemoveVolume { volume, seconds } => {
+            VmAct::RemoveVolume { volume, .. } => {
                 let spec = self.0.spec(name).map_err(|error| chain(&error))?;
                 match spec.volumes.iter().any(|has| has.name == *volume) {
-                    true => vmm.remove_volume(name, volume, Duration::from_secs(*seconds)),
+                    true => vmm.remove_volume(name, volume, act.patience()),
                     // It became part of the definition after this start.
                     false => Ok(()),
                 }

@@ -10,11 +10,8 @@ use super::show;
 use super::types::{OnNode, Swap, VmDetail, VolumeOff};
 use super::{Api, Failure, conflict, name_of, wrong};
 use crate::cluster::LocalRequest;
-use crate::cluster::vms::{VmAct, VmChange, VmVolume};
-use crate::state::{Command, NodeId, Refused, State as Control, Vm, VmSpec};
-
-/// Longest that a guest may be waited for, seconds.
-const SECONDS_MAX: u64 = 3600;
+use crate::cluster::vms::{SECONDS_MAX, VmAct, VmChange, VmVolume};
+use crate::state::{Command, NodeId, Refused, State as Control, Vm};
 
 fn find<'a>(state: &'a Control, name: &str) -> Result<&'a Vm, Failure> {
     state
@@ -56,14 +53,14 @@ async fn amend(api: &Api, name: &str, change: &VmChange) -> Done {
     let (view, _) = api.view().await;
     let vm = find(&view.state, name)?;
     let (needs, definition) = api.0.host.amend(&vm.spec.definition, change).map_err(wrong)?;
-    let vm = VmSpec {
+    // Whether it is to run stays as it is then, and so does the memory that it holds where it runs.
+    let command = Command::DescribeVm {
+        name: name.to_owned(),
         definition,
         memory: needs.memory,
         volumes: needs.volumes,
-        ..vm.spec.clone()
     };
-    let name = name.to_owned();
-    api.propose(Command::UpdateVm { name, vm }).await.map(done)
+    api.propose(command).await.map(done)
 }
 
 fn bounded(seconds: u64) -> Result<u64, Failure> {

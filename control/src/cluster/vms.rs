@@ -80,16 +80,19 @@ pub enum VmAct {
     },
 }
 
+/// Most seconds that a guest is given to do what it was asked to.
+pub(crate) const SECONDS_MAX: u64 = 3600;
+
 impl VmAct {
     /// It neither changes what another act relies on, nor may it wait for one: a VM that does not end can be killed.
     pub(crate) fn is_for_any_time(&self) -> bool {
         matches!(self, VmAct::Status | VmAct::Kill)
     }
 
-    /// How long the guest may take.
-    pub(crate) fn patience(&self) -> Duration {
+    /// How long the guest may take: no longer than an hour, whatever was asked for.
+    pub fn patience(&self) -> Duration {
         Duration::from_secs(match self {
-            VmAct::Stop { seconds } | VmAct::RemoveVolume { seconds, .. } => *seconds,
+            VmAct::Stop { seconds } | VmAct::RemoveVolume { seconds, .. } => (*seconds).min(SECONDS_MAX),
             _ => 0,
         })
     }
@@ -136,4 +139,19 @@ pub trait VmHost: Send + Sync {
     /// # Errors
     /// When that can not be known.
     fn running(&self) -> Result<Vec<String>, String>;
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn no_wait_is_too_long_to_be_added_to_another() {
+        let seconds = u64::MAX;
+        let volume = "v".to_owned();
+        for act in [VmAct::Stop { seconds }, VmAct::RemoveVolume { volume, seconds }] {
+            assert_eq!(act.patience(), Duration::from_secs(SECONDS_MAX));
+        }
+        assert_eq!(VmAct::Stop { seconds: 5 }.patience(), Duration::from_secs(5));
+    }
 }
