@@ -6,7 +6,6 @@
 //! sync moves at once, and what is on a lost node is given up only where another copy can be reached.
 
 use std::borrow::Cow;
-use std::collections::BTreeSet;
 
 use super::leader::Life;
 use crate::planner;
@@ -209,6 +208,5 @@ fn sources<'a>(
 /// Failure domains in which a chunk has copies without a disk.
 fn copies(state: &State, slots: &[Replica], without: Disk, life: &impl Fn(NodeId) -> Life) -> usize {
     let others = sources(state, slots, life).filter(|slot| slot.disk != without);
-    let domains: BTreeSet<_> = others.map(|slot| state.domain_of(slot.disk)).collect();
-    domains.len()
+    state.domains(others).len()
 }

@@ -56,8 +56,8 @@ impl Node {
         Ok(())
     }
 
-    /// The owner of a volume runs out of versions: it goes on under the next generation. If that can not be recorded it is said;
-    /// there are as many versions again before I/O has to wait.
+    /// The owner of a volume runs out of versions: it goes on under the next generation. If that can not be recorded it asks
+    /// again in a while, and there are as many versions left before I/O has to wait.
     pub(super) fn renew_generation(&mut self, index: VolumeIndex) {
         let found = self.volumes.get(usize::from(index.0)).and_then(Option::as_ref);
         let Some(volume) = found else { return };

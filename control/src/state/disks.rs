@@ -1,5 +1,7 @@
 //! Disks: which there are, on which nodes, in which failure domains.
 
+use std::collections::BTreeSet;
+
 use serde::{Deserialize, Serialize};
 use unibody_dataplane::ids::DiskUuid;
 
@@ -36,6 +38,14 @@ impl State {
     /// The failure domain that a disk is in.
     pub fn domain_of(&self, disk: Disk) -> Option<&str> {
         self.disks.get(&disk).map(|record| self.domain_of_record(record))
+    }
+
+    /// The failure domains that some replicas are in.
+    pub(crate) fn domains<'a>(
+        &'a self,
+        replicas: impl Iterator<Item = &'a Replica>,
+    ) -> BTreeSet<Option<&'a str>> {
+        replicas.map(|slot| self.domain_of(slot.disk)).collect()
     }
 
     pub(super) fn domain_of_record<'a>(&'a self, record: &'a DiskRecord) -> &'a str {

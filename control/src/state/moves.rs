@@ -64,7 +64,7 @@ impl State {
     /// Two on one domain do not count twice, or there would be no way to three copies again.
     pub(crate) fn is_spare(&self, volume: &Volume, slots: &[Replica], disk: Disk) -> bool {
         let others = slots.iter().filter(|slot| slot.disk != disk);
-        let domains: BTreeSet<_> = others.map(|slot| self.domain_of(slot.disk)).collect();
+        let domains = self.domains(others);
         volume.has_spare(slots) && domains.len() >= volume.mirror as usize
     }
 
@@ -92,7 +92,7 @@ impl State {
         let domain = Some(self.domain_of_record(record));
         // Two that leave may not both be paired, or too few domains would be left to remove either.
         let others = slots.iter().filter(|slot| slot.disk != from);
-        let domains: BTreeSet<_> = others.map(|slot| self.domain_of(slot.disk)).collect();
+        let domains = self.domains(others);
         if domains.len() < mirror as usize && domains.contains(&domain) {
             return Err(refused(chunk, "the copies would be in too few failure domains"));
         }
@@ -182,7 +182,7 @@ impl State {
             let others = slots
                 .iter()
                 .filter(|slot| slot.disk != disk && slot.state == ReplicaState::InSync);
-            let domains: BTreeSet<_> = others.map(|slot| self.domain_of(slot.disk)).collect();
+            let domains = self.domains(others);
             if slot.state == ReplicaState::InSync && domains.len() < volume.mirror as usize {
                 return Err(refused(chunk, "too few others are in sync"));
             }

@@ -63,6 +63,12 @@ pub(super) struct Pending {
 /// Bits of a request id that are its place.
 const PLACE_BITS: u32 = 20;
 
+/// Where a request is kept.
+#[inline]
+fn place(id: RequestId) -> u32 {
+    id.0 & ((1 << PLACE_BITS) - 1)
+}
+
 #[derive(Clone, Debug)]
 pub(super) struct Disk {
     pub(super) uuid: DiskUuid,
@@ -188,12 +194,12 @@ impl Mirror {
 
     /// The disk that a request which is out or held is for.
     pub(super) fn pending_disk(&self, id: RequestId) -> u16 {
-        self.requests[id.0 & ((1 << PLACE_BITS) - 1)].disk
+        self.requests[place(id)].disk
     }
 
     /// A request that was held ends without having been sent.
     pub(super) fn unsent(&mut self, id: RequestId, out: &mut Vec<Effect>) {
-        let i = id.0 & ((1 << PLACE_BITS) - 1);
+        let i = place(id);
         let pending = self.requests[i];
         self.requests[i].purpose = Purpose::Nothing;
         self.requests.give(i);
@@ -224,7 +230,7 @@ impl Mirror {
     }
 
     pub(super) fn answer(&mut self, id: RequestId, reply: Reply, out: &mut Vec<Effect>) {
-        let i = id.0 & ((1 << PLACE_BITS) - 1);
+        let i = place(id);
         if !self.requests.is_used(i) || u32::from(self.requests[i].turn) & 0xfff != id.0 >> PLACE_BITS {
             self.counts.odd += 1;
             return;

@@ -516,23 +516,17 @@ fn a_detach_waits_for_regions_that_are_to_be_compared() {
     assert_eq!(scene.done[1..], [(OpId(1), Ok(()), true)]);
 }
 
-const FEW_VERSIONS: Limits = Limits {
-    ops: 256,
-    edges: 8,
-    sync: 4,
-    io_timeout_ms: 10_000,
-    silent_ms: 3_000,
-    attach_wait_ms: 2_000,
-    unstable_ms: 1_000,
-    unstable_bytes: 64 << 20,
-    scrub_ms: 0,
-    versions: 8,
-};
+fn few_versions() -> Limits {
+    Limits {
+        versions: 8,
+        ..Limits::default()
+    }
+}
 
 /// Review rule 6. Writes are always under way, and none fails.
 #[test]
 fn a_new_generation_is_taken_under_a_running_guest() {
-    let mut scene = Scene::with(FEW_VERSIONS);
+    let mut scene = Scene::with(few_versions());
     let arena = Arena::new(1).unwrap();
     scene.guest = Some(Arena::new(1).unwrap());
     for _ in 0..20 {
@@ -559,7 +553,7 @@ fn a_new_generation_is_taken_under_a_running_guest() {
 /// What waits for a new generation goes to each disk in the order in which it was asked.
 #[test]
 fn what_waited_for_a_new_generation_is_sent_in_order() {
-    let mut scene = Scene::with(FEW_VERSIONS);
+    let mut scene = Scene::with(few_versions());
     let arena = Arena::new(1).unwrap();
     for op in 0..24u32 {
         let at = u64::from(op % 16) * BLOCK as u64;
@@ -584,7 +578,7 @@ fn what_waited_for_a_new_generation_is_sent_in_order() {
 /// for a moment longer.
 #[test]
 fn a_silent_disk_does_not_keep_a_new_generation_away() {
-    let mut scene = Scene::with(FEW_VERSIONS);
+    let mut scene = Scene::with(few_versions());
     let arena = Arena::new(1).unwrap();
     scene.pass(0, 500);
     scene.silent.push(DiskIndex(1));
@@ -613,7 +607,7 @@ fn a_silent_disk_does_not_keep_a_new_generation_away() {
 /// else, and goes on.
 #[test]
 fn at_the_end_of_a_generation_io_waits_and_does_not_fail() {
-    let mut scene = Scene::with(FEW_VERSIONS);
+    let mut scene = Scene::with(few_versions());
     scene.no_majority = true;
     let arena = Arena::new(1).unwrap();
     for op in 0..40 {

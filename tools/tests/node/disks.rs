@@ -2,22 +2,27 @@
 
 use super::common::{Node, Place, fails, runs};
 
-#[test]
-fn rot_is_repaired() {
-    let place = Place::new();
-    let (a, b) = (place.disk("a.img", "256M"), place.disk("b.img", "256M"));
-    let state = place.str("state");
+/// A node with faults to be injected, and a volume that is mirrored on its two disks.
+fn two_disks(place: &Place) -> (Node, [String; 2]) {
+    let disks = [place.disk("a.img", "256M"), place.disk("b.img", "256M")];
     let node = Node::start(&[
         "--faults",
         "--disk",
-        &a,
+        &disks[0],
         "--disk",
-        &b,
+        &disks[1],
         "--state",
-        &state,
+        &place.str("state"),
         "--volume",
         &place.volume("v", "size=64M,mirror=2"),
     ]);
+    (node, disks)
+}
+
+#[test]
+fn rot_is_repaired() {
+    let place = Place::new();
+    let (node, [a, _]) = two_disks(&place);
     let socket = place.str("v.sock");
     runs(&["bench", &socket, "--fill", "--bs", "64K", "--size", "16M"]);
     node.run(&["disk", "fault", &a, "rot"]);
@@ -33,19 +38,7 @@ fn rot_is_repaired() {
 #[test]
 fn a_failing_disk_is_dropped_without_an_error_and_comes_back() {
     let place = Place::new();
-    let (a, b) = (place.disk("a.img", "256M"), place.disk("b.img", "256M"));
-    let state = place.str("state");
-    let node = Node::start(&[
-        "--faults",
-        "--disk",
-        &a,
-        "--disk",
-        &b,
-        "--state",
-        &state,
-        "--volume",
-        &place.volume("v", "size=64M,mirror=2"),
-    ]);
+    let (node, [_, b]) = two_disks(&place);
     let socket = place.str("v.sock");
     runs(&["bench", &socket, "--fill", "--bs", "64K", "--size", "16M"]);
     node.run(&["disk", "fault", &b, "write-errors"]);
@@ -140,18 +133,7 @@ fn disks_of_two_reactors_work_together() {
 #[test]
 fn a_hung_disk_holds_up_no_request_of_the_guest() {
     let place = Place::new();
-    let (a, b) = (place.disk("a.img", "256M"), place.disk("b.img", "256M"));
-    let node = Node::start(&[
-        "--faults",
-        "--disk",
-        &a,
-        "--disk",
-        &b,
-        "--state",
-        &place.str("state"),
-        "--volume",
-        &place.volume("v", "size=64M,mirror=2"),
-    ]);
+    let (node, [_, b]) = two_disks(&place);
     let socket = place.str("v.sock");
     node.wait("both replicas are known to be good", |status| {
         status["volumes"][0]["state"] == "healthy"
@@ -184,18 +166,7 @@ fn a_hung_disk_holds_up_no_request_of_the_guest() {
 #[test]
 fn a_hung_disk_holds_up_no_discard() {
     let place = Place::new();
-    let (a, b) = (place.disk("a.img", "256M"), place.disk("b.img", "256M"));
-    let node = Node::start(&[
-        "--faults",
-        "--disk",
-        &a,
-        "--disk",
-        &b,
-        "--state",
-        &place.str("state"),
-        "--volume",
-        &place.volume("v", "size=64M,mirror=2"),
-    ]);
+    let (node, [_, b]) = two_disks(&place);
     let socket = place.str("v.sock");
     runs(&["bench", &socket, "--fill", "--bs", "64K"]);
     node.run(&["disk", "fault", &b, "stuck"]);
