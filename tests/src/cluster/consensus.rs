@@ -283,11 +283,13 @@ impl Cluster {
             return Ok(());
         }
         let site = &mut self.sites[node];
+        let before = site.applied;
         while site.applied < upto {
             let _ = site.state.apply(&self.raft.log[site.applied]);
             site.applied += 1;
         }
-        if site.applied == self.raft.log.len() && site.state != self.raft.state {
+        let caught_up = site.applied > before && site.applied == self.raft.log.len();
+        if caught_up && site.state != self.raft.state {
             return Err(format!(
                 "node {node} has another state than the leader at the same index"
             ));

@@ -1,5 +1,7 @@
 //! A whole run, and what must hold when its faults have ended.
 
+use std::collections::BTreeSet;
+
 use unibody_control::cluster::goes;
 use unibody_control::state::{Replica, ReplicaState};
 use unibody_dataplane::ids::{ChunkKey, Version};
@@ -236,14 +238,16 @@ impl Cluster {
                 return Err("the volume does not detach".into());
             }
         }
+        let mut asked = BTreeSet::new();
         while self
             .drives
             .iter()
             .any(|drive| drive.store.is_some() && !drive.failed)
         {
-            // Each time anew: a process that was just starting may open a disk only now.
+            // Each opening once; a process that was just starting may open a disk only now.
             for drive in 0..self.drives.len() {
-                if self.drives[drive].store.is_some() && !self.drives[drive].failed {
+                let there = &self.drives[drive];
+                if there.store.is_some() && !there.failed && asked.insert((drive, there.turn)) {
                     self.store(drive, |store, out| store.close(out))?;
                 }
             }
