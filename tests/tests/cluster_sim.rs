@@ -37,6 +37,10 @@ const KEPT: &[(u64, &str)] = &[
         "a zeroing met an extent that a write before it was about to make, on one disk and not on the other",
     ),
     (3529, "as 3097"),
+    (
+        7424,
+        "a flush was answered by a disk that was back without what it had not flushed, and not dropped yet",
+    ),
 ];
 
 /// Rare branches that the default run must reach.

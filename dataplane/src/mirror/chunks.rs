@@ -79,6 +79,7 @@ pub(super) struct Slot {
     present: bool,
     doubtful: u64,
     counted: bool,
+    leaving: bool,
     pub(super) mended: Mended,
     /// It was dropped as rotten: no copy to it is believed unread.
     pub(super) rotten: bool,
@@ -105,6 +106,7 @@ impl Default for Slot {
             present: false,
             doubtful: 0,
             counted: false,
+            leaving: false,
             mended: Mended::default(),
             rotten: false,
         }
@@ -279,14 +281,10 @@ impl Mirror {
                     chunk.reachable |= bit;
                 }
             }
-            if counted != slot.counted {
-                slot.counted = counted;
-                disk.counted = if counted {
-                    disk.counted + 1
-                } else {
-                    disk.counted - 1
-                };
-            }
+            let leaving = counted && slot.lost != Lost::No;
+            disk.counted = disk.counted + u32::from(counted) - u32::from(slot.counted);
+            disk.leaving = disk.leaving + u32::from(leaving) - u32::from(slot.leaving);
+            (slot.counted, slot.leaving) = (counted, leaving);
         }
         self.look = true;
     }

@@ -89,6 +89,8 @@ pub(super) struct Disk {
     abandoned: bool,
     /// Replicas here whose flush counts: in sync, or rebuilding.
     pub(super) counted: u32,
+    /// Those of them that are lost, and not dropped or trusted again yet.
+    pub(super) leaving: u32,
     pub(super) last_write: u64,
     pub(super) flushed_to: u64,
     flushing: bool,
@@ -118,6 +120,7 @@ impl Mirror {
             progress: 0,
             abandoned: false,
             counted: 0,
+            leaving: 0,
             last_write: 0,
             flushed_to: 0,
             flushing: false,
@@ -312,7 +315,9 @@ impl Mirror {
         let disk = &mut self.disks[d];
         if disk.sealed {
             (disk.sealed, disk.resealing) = (false, false);
-            disk.lost_unflushed = disk.counted > 0 && disk.last_write > disk.flushed_to;
+            // Lost once more before that was settled: a flush since then has not brought back what was gone.
+            let still = disk.lost_unflushed && disk.leaving > 0;
+            disk.lost_unflushed = still || disk.counted > 0 && disk.last_write > disk.flushed_to;
             self.lose_replicas(d as u16);
         }
         let _ = out;
@@ -470,7 +475,12 @@ impl Mirror {
     /// Answers the flushes that all disks have done.
     pub(super) fn flush_progress(&mut self, out: &mut Vec<Effect>) {
         let done = |mirror: &Self, want: u64| {
-            (0..mirror.disks.len()).all(|d| mirror.disks[d].counted == 0 || mirror.is_flushed(d, want))
+            (0..mirror.disks.len()).all(|d| {
+                let disk = &mirror.disks[d];
+                // What it lost no flush of it brings back: it may not stay in sync, and flushes wait until that is decided.
+                let forgot = disk.leaving > 0 && disk.lost_unflushed;
+                disk.counted == 0 || mirror.is_flushed(d, want) && !forgot
+            })
         };
         while let Some(&(op, want)) = self.flush_ops.front() {
             if self.phase == Phase::Attaching || !done(self, want) {

@@ -43,6 +43,8 @@ struct Scene {
     rotted: bool,
     /// Writes whenever a seal is out.
     guest: Option<Arena>,
+    /// How often each disk has lost its power.
+    power_losses: [u128; 3],
 }
 
 impl Scene {
@@ -86,6 +88,7 @@ impl Scene {
             no_majority: false,
             rotted: false,
             guest: None,
+            power_losses: [0; 3],
         };
         for disk in [1, 2] {
             scene.mirror.disk_up(DiskUuid(disk), true, &mut scene.out);
@@ -179,8 +182,8 @@ impl Scene {
                 self.obeys[d] = generation;
                 let sealed = Sealed {
                     disk: self.mirror.disk(DiskIndex(d as u16)),
-                    boot: BOOT,
-                    power: PowerId(6),
+                    boot: BootId(BOOT.0 + self.power_losses[d]),
+                    power: PowerId(6 + self.power_losses[d]),
                     suspect: false,
                     chunks: self.held_by(self.mirror.disk(DiskIndex(d as u16))),
                 };
@@ -455,6 +458,35 @@ fn a_disk_that_is_back_with_its_boot_is_flushed() {
     scene.flush(1);
     assert_eq!(scene.done, [(OpId(1), Ok(()), true)]);
     assert_eq!(scene.flushes[1], before + 1);
+}
+
+/// What it had answered and not flushed is gone, and no flush of it brings that back.
+#[test]
+fn a_flush_waits_until_a_disk_that_lost_power_is_dropped() {
+    for times in [1, 2] {
+        let arena = Arena::new(1).unwrap();
+        let mut scene = Scene::settled(&arena);
+        scene.submit(1, OpKind::Write, &arena);
+        scene.play();
+        assert_eq!(std::mem::take(&mut scene.done), [(OpId(1), Ok(()), true)]);
+        scene.undecided = true;
+        for op in 0..times {
+            scene.disk_goes(2);
+            scene.power_losses[1] += 1;
+            scene.disk_comes(2);
+            scene.flush(2 + op);
+        }
+        let stable = scene.mirror.status().stable;
+        scene.pass(2_100, 4_000);
+        assert_eq!(scene.done, []);
+        assert_eq!(scene.mirror.status().stable, stable, "the disk lacks the write");
+        scene.decide(true);
+        scene.pass(4_100, 6_000);
+        assert_eq!(scene.config.chunks[0][1].state, SlotState::Stale);
+        assert!(scene.done.iter().all(|done| done.1 == Ok(())));
+        assert_eq!(scene.done.len(), times as usize);
+        assert!(scene.mirror.status().stable > stable);
+    }
 }
 
 /// A bad block is no error while a replica that may have it is lost for the moment.
