@@ -75,6 +75,8 @@ struct Held {
     instance: Option<u128>,
     /// Its next generation is asked for, under a running guest.
     renewal: Renewal,
+    /// It has ended, and is let go when it is known under which generation.
+    quiet: bool,
     export: Option<Export>,
     /// Serving it failed, and was said.
     complained: bool,
@@ -233,6 +235,7 @@ impl Volumes {
             kept_until,
             instance: None,
             renewal: Renewal::No,
+            quiet: false,
             export: None,
             complained: false,
         });
@@ -369,6 +372,7 @@ impl Volumes {
             return;
         };
         let refused = std::mem::replace(&mut held.renewal, Renewal::No) == Renewal::Refused;
+        let quiet = held.quiet;
         let config = match outcome {
             Ok(Applied::Volume(config)) => Some(*config),
             // It may have been taken all the same, and the number of the proposal forgotten.
@@ -390,6 +394,9 @@ impl Volumes {
             }
         } else if refused {
             ground.plane.decided(index, Outcome::Fenced);
+        }
+        if quiet {
+            self.quiet(ground, index);
         }
     }
 
@@ -450,6 +457,11 @@ impl Volumes {
     }
 
     pub(crate) fn quiet(&mut self, ground: &Ground, index: VolumeIndex) {
+        // Let go under the generation before, it would stay this node's if its renewal is decided first.
+        if let Some(held) = self.held(index).filter(|held| held.renewal != Renewal::No) {
+            held.quiet = true;
+            return;
+        }
         let Some(held) = self.held.get_mut(usize::from(index.0)).and_then(Option::take) else {
             return;
         };
