@@ -37,7 +37,8 @@ impl Place {
     }
 }
 
-fn output(arguments: &[&str]) -> Output {
+/// Runs the program.
+pub(crate) fn output(arguments: &[&str]) -> Output {
     Command::new(PROGRAM)
         .args(arguments)
         .stdin(Stdio::null())

@@ -8,7 +8,7 @@ mod vm;
 use std::os::unix::fs::PermissionsExt;
 use std::time::Duration;
 
-use common::{Node, Place, fails, runs};
+use common::{Node, Place, fails, output, runs};
 
 /// Runs a demo; it fails itself if it does not keep its promises. What is asserted is that it got to make them.
 fn demo(flags: &[&str], of_vm: [&str; 2]) {
@@ -76,9 +76,32 @@ fn serves_ends_cleanly_and_keeps_its_data() {
     let node = Node::start(&flags);
     runs(&["bench", &place.str("v.sock"), "--verify-only", "--bs", "64K"]);
     assert_eq!(node.terminate(), Some(0));
+    rots(&a);
+    for (disk, code, verdict) in [(&a, 1, "damaged"), (&b, 0, "clean")] {
+        let output = output(&["disk", "check", disk, "--json"]);
+        assert_eq!(output.status.code(), Some(code), "{output:?}");
+        let report: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+        assert_eq!(report["verdict"], verdict, "{report}");
+    }
+    let node = Node::start(&flags);
+    runs(&["bench", &place.str("v.sock"), "--verify-only", "--bs", "64K"]);
+    assert_eq!(node.terminate(), Some(0));
+    let report = runs(&["disk", "check", &a]);
+    assert!(report.contains("clean"), "what rotted was repaired: {report}");
 }
 
-/// A VM is nobody's child: the command that started it ends, the node is killed and comes back, and the VM runs on.
+/// Turns a bit of a block of data: of the last block of the file that has any.
+fn rots(disk: &str) {
+    let mut bytes = std::fs::read(disk).unwrap();
+    let last = bytes
+        .rchunks_exact(4096)
+        .position(|block| block.iter().filter(|&&byte| byte == 0).count() < 64)
+        .expect("random data has few zeros");
+    let at = bytes.len() - 4096 * last - 2048;
+    bytes[at] ^= 1;
+    std::fs::write(disk, bytes).unwrap();
+}
+
 #[test]
 fn what_is_wrong_is_said_with_what_to_do() {
     let place = Place::new();
