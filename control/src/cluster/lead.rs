@@ -78,6 +78,11 @@ fn lead(
         };
         life.insert(node, judged);
     }
+    if life.values().any(|life| matches!(life, Life::Gone | Life::Lost)) {
+        // One who is cut off from all others must not conclude that they are all gone: what it proposes now would be carried
+        // out when they are back.
+        cluster.confirmed()?;
+    }
     let mut commands = Vec::new();
     let duties = leader::duties(state, &life);
     let count = duties.len();

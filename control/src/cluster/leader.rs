@@ -8,6 +8,8 @@
 
 use std::collections::BTreeMap;
 
+use unibody_dataplane::plane::VOLUMES_MAX;
+
 use super::leaving;
 use crate::state::{Command, NodeId, ReplicaState, State, Volume};
 
@@ -109,6 +111,7 @@ fn owners(state: &State, life: &impl Fn(NodeId) -> Life) -> Vec<Command> {
                 .keys()
                 .copied()
                 .filter(|node| life(*node) == Life::Alive)
+                .filter(|node| load.get(node).is_none_or(|&owned| owned < VOLUMES_MAX))
                 .max_by_key(|node| {
                     let owned = load.get(node).copied().unwrap_or(0);
                     (

@@ -175,7 +175,12 @@ impl Volumes {
             }
         }
         for (name, record) in &state.volumes {
-            if record.owner == Some(ground.me) && self.find(name).is_none() && !self.taking.contains_key(name)
+            // Each taking is one more generation, of which there is an end: not for one that there is no room for.
+            let room = self.held.iter().flatten().count() + self.taking.len() < VOLUMES_MAX;
+            if record.owner == Some(ground.me)
+                && room
+                && self.find(name).is_none()
+                && !self.taking.contains_key(name)
             {
                 self.taking.insert(name.clone(), ());
                 let command = Command::Attach {

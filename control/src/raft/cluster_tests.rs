@@ -436,6 +436,57 @@ fn a_learner_takes_the_place_of_a_dead_voter_and_a_lost_store_is_a_new_node() {
     agree(&members);
 }
 
+/// With one voter dead, the other two are a majority only together.
+#[test]
+fn a_voter_that_is_removed_votes_until_the_others_can_do_without_it() {
+    let cuts = Cuts::default();
+    let mut members = cluster(3, &cuts);
+    let leads = leader(&members);
+    let (dead, removed) = ((leads + 1) % 3, (leads + 2) % 3);
+    members[dead].cluster = None;
+    // Until nobody takes the dead one for there.
+    std::thread::sleep(TIMING.dead_after);
+    let removed_id = members[removed].id();
+    propose(&members[leads], &Command::RemoveNode { node: removed_id });
+    wait_until("it knows that it is to go", || {
+        !members[removed].state().nodes.contains_key(&removed_id)
+    });
+    // Two rounds of the task that would end it.
+    std::thread::sleep(2 * TIMING.heartbeat + Duration::from_secs(1));
+    assert!(!members[removed].up().is_removed());
+    propose(&members[leads], &add_disk(&members[leads], 1));
+    members[dead].start(&Start::Resume(vec![]));
+    wait_until("it can go", || members[removed].up().is_removed());
+    members[removed].cluster = None;
+    propose(&members[dead], &add_disk(&members[dead], 2));
+    agree(&members);
+}
+
+/// What a process that has ended said of its node comes after what its successor said.
+#[test]
+fn a_late_word_of_an_earlier_process_does_not_stay() {
+    let cuts = Cuts::default();
+    let members = cluster(3, &cuts);
+    let Options {
+        addresses,
+        memory,
+        incarnation,
+        ..
+    } = members[1].options.clone();
+    let late = Command::NodeUp {
+        node: members[1].id(),
+        addresses,
+        memory,
+        incarnation: incarnation ^ 1,
+    };
+    propose(&members[2], &late);
+    wait_until("it is said again", || {
+        let state = members[2].state();
+        state.nodes[&members[1].id()].incarnation == incarnation
+    });
+    members[1].up().renew_lease().unwrap();
+}
+
 #[test]
 fn five_voters_bear_the_loss_of_two() {
     let cuts = Cuts::default();

@@ -9,6 +9,7 @@ use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
+use openraft::error::Fatal;
 use openraft::{ChangeMembers, Config, SnapshotPolicy};
 use tokio::sync::{Semaphore, watch};
 use unibody_dataplane::wire::handshake::Counts;
@@ -20,7 +21,7 @@ use super::machine::Receipt;
 use super::net::{Call, Me, Network, Peers, Reply};
 use super::store::{Identity, LogStore, MachineStore, Store};
 use super::{Contact, Raft};
-use crate::state::{Command, FORMAT, NodeId, Refused};
+use crate::state::{Command, FORMAT, Node, NodeId, Refused};
 
 /// Most proposals that this node takes as leader at once.
 const PROPOSALS_MAX: usize = 256;
@@ -125,6 +126,16 @@ impl Core {
         let mut metrics = self.raft.metrics();
         while metrics.changed().await.is_ok() {
             self.observe();
+            let ended = metrics.borrow().running_state.clone().err();
+            if let Some(error) = ended.filter(|error| !matches!(error, Fatal::Stopped)) {
+                // Without it the node would neither learn what was taken from it nor be missed. As after a crash, others
+                // take over, and it comes back when it is started anew.
+                eprintln!(
+                    "unibody: the control state in {} can not go on: {error}; mend that and start the node again",
+                    self.options.dir.display()
+                );
+                std::process::abort();
+            }
         }
     }
 
@@ -138,13 +149,16 @@ impl Core {
                 Some(record) => {
                     was_member = true;
                     let options = &self.options;
-                    if record.incarnation == options.incarnation
-                        && record.addresses == options.addresses
-                        && record.memory == options.memory
-                    {
+                    let as_it_is = |record: &Node| {
+                        record.incarnation == options.incarnation
+                            && record.addresses == options.addresses
+                            && record.memory == options.memory
+                    };
+                    if as_it_is(record) {
                         let mut views = self.views.clone();
-                        let gone = views.wait_for(|view| !view.state.nodes.contains_key(&me));
-                        if gone.await.is_err() {
+                        // What a process before this one said may come late, and is said otherwise then.
+                        let changed = views.wait_for(|view| !view.state.nodes.get(&me).is_some_and(as_it_is));
+                        if changed.await.is_err() {
                             return;
                         }
                         continue;
@@ -162,6 +176,8 @@ impl Core {
                         return self.is_refused(ClusterError::Removed);
                     }
                 }
+                // It votes until another set of voters is agreed on: without it the others may be too few for that.
+                None if !view.state.nodes.is_empty() && self.votes() => {}
                 None if was_member => return self.is_refused(ClusterError::Removed),
                 // The founder is the first node of every state that has any.
                 None if self.identity.seeds.is_empty() && !view.state.nodes.is_empty() => {
@@ -189,6 +205,13 @@ impl Core {
             }
             tokio::time::sleep(PAUSE * 4).await;
         }
+    }
+
+    /// Whether this node is a voter, as far as it knows.
+    fn votes(&self) -> bool {
+        let metrics = self.raft.metrics().borrow().clone();
+        let membership = metrics.membership_config.membership();
+        membership.voter_ids().any(|voter| voter == self.identity.node)
     }
 
     fn is_refused(&self, error: ClusterError) {

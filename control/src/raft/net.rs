@@ -244,7 +244,7 @@ impl Peers {
         book.keys().copied().collect()
     }
 
-    /// When a node last answered us.
+    /// When a node last answered us, and not only that it could not.
     pub(super) fn heard(&self, node: NodeId) -> Option<Instant> {
         self.with(node, |entry| entry.heard)
     }
@@ -304,8 +304,12 @@ impl Peers {
         match reply {
             Ok(_) if !self.may(to, self.me.node) => Err(CallError::Lost(to.to_string(), "cut off".into())),
             Ok(reply) => {
+                // One whose Raft has died, or can not read what it is sent, does not count as there: it must be replaced.
+                let there = !matches!(reply, Reply::Unknown(_) | Reply::Busy(_));
                 self.with(to, |entry| {
-                    entry.heard = Some(Instant::now());
+                    if there {
+                        entry.heard = Some(Instant::now());
+                    }
                     if entry.idle.len() < IDLE_MAX {
                         entry.idle.push((Instant::now(), link));
                     }

@@ -88,7 +88,12 @@ impl Core {
                         Err(_) => Written::Unknown("not committed in time".into()),
                     }
                 }
-                Some(leader) => self.ask(leader, &request, left).await,
+                Some(leader) => {
+                    let asked = self.unless_led_by_another(self.ask(leader, &request, left));
+                    asked
+                        .await
+                        .unwrap_or_else(|| Written::Unknown("the leader has changed".into()))
+                }
             };
             round += 1;
             match written {
@@ -103,6 +108,18 @@ impl Core {
                 Written::Unknown(text) => (maybe, why) = (true, text),
             }
             tokio::time::sleep(PAUSE.min(left)).await;
+        }
+    }
+
+    /// What a call to the leader answers; nothing if this node hears meanwhile of another leader, or of none: one that lost its
+    /// power does not say so, and whoever waited for it would wait to the end.
+    async fn unless_led_by_another<T>(&self, call: impl Future<Output = T>) -> Option<T> {
+        let mut metrics = self.raft.metrics();
+        let before = metrics.borrow().current_leader;
+        tokio::select! {
+            biased;
+            answer = call => Some(answer),
+            _ = metrics.wait_for(|now| now.current_leader != before) => None,
         }
     }
 
@@ -212,7 +229,8 @@ impl Core {
                 },
                 Some(leader) => {
                     let limit = self.options.timing.propose;
-                    self.peers.call(leader, &Call::Read, &[], limit).await.ok()
+                    let called = self.peers.call(leader, &Call::Read, &[], limit);
+                    self.unless_led_by_another(called).await.and_then(Result::ok)
                 }
             };
             if let Some(Reply::Index(index)) = reply {
