@@ -126,6 +126,7 @@ impl Cluster {
             sync: 2,
             unstable_bytes: 1 << 20,
             io_timeout_ms: base.io_timeout_ms,
+            scrub_ms: base.scrub_ms,
             ..Limits::default()
         };
         let id = self.fresh();
@@ -195,6 +196,12 @@ impl Cluster {
         let status = owner.mirror.status();
         self.add("bytes made equal", status.bytes_synced);
         self.add("blocks adopted", status.blocks_adopted);
+        self.add("operations failed", status.errors_io);
+        self.add("read repairs", status.read_repairs);
+        self.add("blocks repaired by the scrub", status.blocks_repaired);
+        if status.blocks_lost > 0 && self.victim.is_some() {
+            return Err(format!("{} blocks were lost though one copy was good", status.blocks_lost));
+        }
         self.add("answers nobody knew", status.answers_odd);
         let node = owner.node;
         if self.sites[node].owner == Some(id) {

@@ -3,9 +3,9 @@
 use std::collections::BTreeSet;
 
 use unibody_control::state::{Command, Disk, ReplicaState};
-use unibody_dataplane::ids::{BootId, PowerId};
+use unibody_dataplane::ids::{BLOCK, BootId, PowerId};
 use unibody_dataplane::mirror::Phase;
-use unibody_dataplane::store::{OpenOptions, Store};
+use unibody_dataplane::store::{OpenOptions, Store, layout::Layout};
 
 use super::world::{Cluster, Event, NAME};
 use crate::sim::world::{Checked, note};
@@ -222,7 +222,7 @@ impl Cluster {
         let slow = self.drives.iter().any(|drive| drive.slow_until > self.now);
         let there = |uuid| {
             self.drive(uuid)
-                .filter(|&d| self.drives[d].store.is_some() && !lost.contains(&d))
+                .filter(|&d| self.drives[d].store.is_some() && !self.drives[d].failed && !lost.contains(&d))
         };
         quiet
             && !slow
@@ -303,6 +303,24 @@ impl Cluster {
         Ok(())
     }
 
+    /// Data of the victim rots.
+    fn rot(&mut self) {
+        let Some(victim) = self.victim else { return };
+        let base = self.profile.base;
+        let there = &mut self.drives[victim];
+        let layout = Layout::plan(there.uuid.0, base.disk_bytes, Some(base.journal_bytes));
+        let data = layout.expect("it was formatted").data / BLOCK as u64;
+        let mut used = there.disk.used();
+        used.retain(|&block| block >= data);
+        if used.is_empty() {
+            return;
+        }
+        let block = self.random.pick(&used);
+        note!(self, "rot {victim} {block:x}");
+        let what = self.drives[victim].disk.decay(block, true, &mut self.random);
+        self.count(what);
+    }
+
     /// Ten milliseconds of bad luck.
     pub(super) fn fault(&mut self) -> Checked {
         if !self.faulty {
@@ -324,6 +342,11 @@ impl Cluster {
         } else {
             node
         };
+        // Where data rots, nothing else takes the other copies away.
+        let (node, lost) = match self.victim {
+            Some(victim) => (self.drives[victim].node, victim),
+            None => (node, drive),
+        };
         let mut happens = |rate: u64| rate != 0 && self.random.below(rate) < 10;
         let (kill, power, blackout) = (happens(p.kill), happens(p.power), happens(p.blackout));
         let (pause, cut, isolate, snap) = (
@@ -334,7 +357,18 @@ impl Cluster {
         );
         let (leader, stall, leave) = (happens(p.leader), happens(p.stall), happens(p.leave));
         let (loss, destroy, gone) = (happens(p.disk_loss), happens(p.destroy), happens(p.gone));
-        let (retire, zombie) = (happens(p.retire), happens(p.zombie));
+        if happens(p.base.rot) {
+            self.rot();
+        }
+        let mut happens = |rate: u64| rate != 0 && self.random.below(rate) < 10;
+        let (retire, zombie, stuck) = (happens(p.retire), happens(p.zombie), happens(p.base.stuck));
+        if stuck && self.drives[drive].store.is_some() {
+            self.count("stuck disk");
+            let until = self.now + self.random.range(100_000, 12_000_000);
+            let there = &mut self.drives[drive];
+            there.stuck_until = until;
+            there.slow_until = there.slow_until.max(until);
+        }
         if zombie && self.cuts.is_empty() {
             self.exile();
         }
@@ -375,7 +409,7 @@ impl Cluster {
         if loss {
             let power = self.random.one_in(2);
             self.count(if power { "disk lost power" } else { "disk lost" });
-            self.lose_drive(drive, power)?;
+            self.lose_drive(lost, power)?;
         }
         if destroy {
             self.destroy(drive)?;
@@ -415,6 +449,9 @@ impl Cluster {
         note!(self, "heal");
         self.faulty = false;
         self.raft.stalled_until = 0;
+        for drive in &mut self.drives {
+            drive.stuck_until = 0;
+        }
         for node in 0..self.sites.len() {
             self.sites[node].isolated = false;
             let pause = self.sites[node].paused;

@@ -206,7 +206,9 @@ impl Cluster {
             let excused = match error {
                 OpError::TimedOut => self.profile.base.io_timeout_ms != 0,
                 OpError::Gone => true,
-                OpError::Io | OpError::NoSpace | OpError::Invalid => false,
+                OpError::Io => self.profile.base.injured(),
+                OpError::NoSpace => self.profile.base.device_full != 0,
+                OpError::Invalid => false,
             };
             if !excused {
                 return Err(format!(

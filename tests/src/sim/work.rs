@@ -296,9 +296,8 @@ impl World {
         if let Err(error) = result {
             self.stats.ops_failed += 1;
             let p = &self.profile;
-            let injured = p.io_error != 0 || p.device_full != 0 || p.flush_error != 0;
             let excused = match error {
-                OpError::Io => p.damage == Damage::Beyond || injured,
+                OpError::Io => p.damage == Damage::Beyond || p.injured(),
                 OpError::NoSpace => p.disk_bytes < 8 << 20 || p.device_full != 0,
                 OpError::TimedOut => p.io_timeout_ms != 0,
                 OpError::Gone => self.failed || self.leaving > 0,
