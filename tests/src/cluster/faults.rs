@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 
-use unibody_control::state::{Command, Disk, ReplicaState};
+use unibody_control::state::{Command, ReplicaState};
 use unibody_dataplane::ids::{BLOCK, BootId, PowerId};
 use unibody_dataplane::mirror::Phase;
 use unibody_dataplane::store::{OpenOptions, Store, layout::Layout};
@@ -31,7 +31,7 @@ impl Cluster {
         Ok(())
     }
 
-    fn open_drive(&mut self, drive: usize) -> Checked {
+    pub(super) fn open_drive(&mut self, drive: usize) -> Checked {
         let there = &mut self.drives[drive];
         if there.gone || there.store.is_some() {
             return Ok(());
@@ -259,20 +259,6 @@ impl Cluster {
         self.open_drive(self.drives.len() - 1)
     }
 
-    /// A disk is taken out that could go on, and an empty one put in beside it.
-    fn retire(&mut self, drive: usize) -> Checked {
-        let disk = self.drives[drive].uuid;
-        let leaves = self.raft.state.disks[&Disk(disk)].out;
-        if self.drives[drive].store.is_none() || leaves || self.drives.len() > 12 {
-            return Ok(());
-        }
-        note!(self, "disk {drive} is taken out");
-        self.count("disk taken out");
-        self.commit_now(Command::DiskLeave { disk });
-        self.add_drive(self.drives[drive].node);
-        self.open_drive(self.drives.len() - 1)
-    }
-
     /// The owner hears nobody, and nobody hears it.
     fn exile(&mut self) {
         let Some(id) = self.serving() else { return };
@@ -362,12 +348,22 @@ impl Cluster {
         }
         let mut happens = |rate: u64| rate != 0 && self.random.below(rate) < 10;
         let (retire, zombie, stuck) = (happens(p.retire), happens(p.zombie), happens(p.base.stuck));
+        let (resize, expand, drain) = (happens(p.resize), happens(p.expand), happens(p.drain));
         if stuck && self.drives[drive].store.is_some() {
             self.count("stuck disk");
             let until = self.now + self.random.range(100_000, 12_000_000);
             let there = &mut self.drives[drive];
             there.stuck_until = until;
             there.slow_until = there.slow_until.max(until);
+        }
+        if resize {
+            self.resize();
+        }
+        if expand {
+            self.expand(node)?;
+        }
+        if drain {
+            self.drain(node)?;
         }
         if zombie && self.cuts.is_empty() {
             self.exile();
@@ -459,6 +455,7 @@ impl Cluster {
                 self.resume(node, pause)?;
             }
         }
+        self.end_drains()?;
         let cuts: Vec<u64> = self.cuts.keys().copied().collect();
         for cut in cuts {
             self.mend(cut)?;

@@ -146,7 +146,9 @@ impl Cluster {
         if self.victim.is_none() {
             return Ok(());
         }
-        let id = self.serving().ok_or("the owner went before everything was verified")?;
+        let id = self
+            .serving()
+            .ok_or("the owner went before everything was verified")?;
         let regions = self.raft.state.volumes[NAME].chunks.len() * REGIONS_PER_CHUNK;
         let enough = self.owners[&id].mirror.status().regions_verified + regions as u64 + 2;
         let until = self.now + HEAL_MS * 1000;

@@ -52,12 +52,18 @@ pub struct Profile {
     pub leave: u64,
     /// A disk is taken out that could go on: what is on it moves.
     pub retire: u64,
+    /// The volume grows by a chunk for each of its width.
+    pub resize: u64,
+    /// A node gets another disk.
+    pub expand: u64,
+    /// Nothing new goes to a node for a while.
+    pub drain: u64,
     /// The owner hears nobody for up to twenty seconds, and nobody hears it.
     pub zombie: u64,
 }
 
 /// Of so many seeds one is a run in which owners go on reading alone while others have taken their volume, in some I/O fails,
-/// and in some data rots.
+/// in some data rots, and in some an operator changes things.
 const KINDS: u64 = 16;
 
 impl Profile {
@@ -119,12 +125,28 @@ impl Profile {
             credits: r.pick(&[2, 8, 64]),
             retire: if r.below(3) == 0 { 6_000 } else { 0 },
             zombie: 0,
+            resize: 0,
+            expand: 0,
+            drain: 0,
         };
         match seed % KINDS {
             7 => drawn.zombies(),
-            1 | 3 | 5 | 11 | 13 => drawn.injured(),
+            1 | 3 | 5 => drawn.injured(),
+            11 | 13 => drawn.changing().injured(),
+            4 | 10 | 15 => drawn.changing(),
             2 | 12 | 14 => drawn.rotten(),
             _ => drawn,
+        }
+    }
+
+    /// Beside all else an operator grows the volume, puts in disks and drains nodes.
+    fn changing(self) -> Self {
+        let mut r = Random::new(self.seed ^ 0x6368_616e_6769_6e67);
+        Profile {
+            resize: r.pick(&[0, 4_000, 10_000]),
+            expand: r.pick(&[0, 6_000]),
+            drain: r.pick(&[0, 5_000]),
+            ..self
         }
     }
 
@@ -212,6 +234,9 @@ impl Profile {
             leave: 0,
             retire: 0,
             zombie: 0,
+            resize: 0,
+            expand: 0,
+            drain: 0,
             ..self
         }
     }

@@ -64,6 +64,11 @@ impl Guest {
         }
     }
 
+    /// The device has this size now, as far as the guest knows.
+    pub(crate) fn resized(&mut self, size: u64) {
+        self.last = size / BLOCK as u64 - 1;
+    }
+
     pub(crate) fn draw(&self, profile: &Profile, random: &mut Random) -> (OpKind, u64, u64) {
         let (reads, flushes, zeros) = profile.mix;
         let dice = random.below(100);
