@@ -218,7 +218,17 @@ impl Profile {
     }
 
     fn without_faults(self) -> Self {
+        let base = Base {
+            stuck: 0,
+            io_error: 0,
+            flush_error: 0,
+            device_full: 0,
+            damage: Damage::None,
+            rot: 0,
+            ..self.base
+        };
         Profile {
+            base,
             kill: 0,
             power: 0,
             blackout: 0,
