@@ -19,6 +19,8 @@ pub(super) struct Owner {
     pub(super) node: usize,
     pub(super) generation: u32,
     pub(super) mirror: Mirror,
+    /// Of the volume, as it knows it.
+    pub(super) size: u64,
     /// Disks that the mirror believes up.
     up: BTreeSet<usize>,
     pub(super) attached: bool,
@@ -77,6 +79,10 @@ impl Cluster {
             }
             if volume.generation == generation {
                 let config = volume.to_config();
+                let owner = self.owners.get_mut(&id).expect("looked at");
+                if std::mem::replace(&mut owner.size, config.size) != config.size {
+                    self.count("owner heard of a new size");
+                }
                 self.mirror(id, |mirror, out| mirror.reconfigured(config, out))?;
             }
             return self.mirror(id, |mirror, out| mirror.tick(now_ms, out));
@@ -126,6 +132,7 @@ impl Cluster {
             sync: 2,
             unstable_bytes: 1 << 20,
             io_timeout_ms: base.io_timeout_ms,
+            scrub_ms: base.scrub_ms,
             ..Limits::default()
         };
         let id = self.fresh();
@@ -143,6 +150,7 @@ impl Cluster {
             self.count("owner beside an old one");
         }
         let generation = config.generation.0;
+        let size = config.size;
         let mirror = Mirror::new(config, limits);
         let up = BTreeSet::new();
         self.owners.insert(
@@ -151,6 +159,7 @@ impl Cluster {
                 node,
                 generation,
                 mirror,
+                size,
                 up,
                 attached: false,
                 leaving: None,
@@ -195,6 +204,15 @@ impl Cluster {
         let status = owner.mirror.status();
         self.add("bytes made equal", status.bytes_synced);
         self.add("blocks adopted", status.blocks_adopted);
+        self.add("operations failed", status.errors_io);
+        self.add("read repairs", status.read_repairs);
+        self.add("blocks repaired by the scrub", status.blocks_repaired);
+        if status.blocks_lost > 0 && self.victim.is_some() {
+            return Err(format!(
+                "{} blocks were lost though one copy was good",
+                status.blocks_lost
+            ));
+        }
         self.add("answers nobody knew", status.answers_odd);
         let node = owner.node;
         if self.sites[node].owner == Some(id) {

@@ -2,10 +2,10 @@
 
 use std::collections::BTreeSet;
 
-use unibody_control::state::{Command, Disk, ReplicaState};
-use unibody_dataplane::ids::{BootId, PowerId};
+use unibody_control::state::{Command, ReplicaState};
+use unibody_dataplane::ids::{BLOCK, BootId, PowerId};
 use unibody_dataplane::mirror::Phase;
-use unibody_dataplane::store::{OpenOptions, Store};
+use unibody_dataplane::store::{OpenOptions, Store, layout::Layout};
 
 use super::world::{Cluster, Event, NAME};
 use crate::sim::world::{Checked, note};
@@ -31,7 +31,7 @@ impl Cluster {
         Ok(())
     }
 
-    fn open_drive(&mut self, drive: usize) -> Checked {
+    pub(super) fn open_drive(&mut self, drive: usize) -> Checked {
         let there = &mut self.drives[drive];
         if there.gone || there.store.is_some() {
             return Ok(());
@@ -222,7 +222,7 @@ impl Cluster {
         let slow = self.drives.iter().any(|drive| drive.slow_until > self.now);
         let there = |uuid| {
             self.drive(uuid)
-                .filter(|&d| self.drives[d].store.is_some() && !lost.contains(&d))
+                .filter(|&d| self.drives[d].store.is_some() && !self.drives[d].failed && !lost.contains(&d))
         };
         quiet
             && !slow
@@ -259,20 +259,6 @@ impl Cluster {
         self.open_drive(self.drives.len() - 1)
     }
 
-    /// A disk is taken out that could go on, and an empty one put in beside it.
-    fn retire(&mut self, drive: usize) -> Checked {
-        let disk = self.drives[drive].uuid;
-        let leaves = self.raft.state.disks[&Disk(disk)].out;
-        if self.drives[drive].store.is_none() || leaves || self.drives.len() > 12 {
-            return Ok(());
-        }
-        note!(self, "disk {drive} is taken out");
-        self.count("disk taken out");
-        self.commit_now(Command::DiskLeave { disk });
-        self.add_drive(self.drives[drive].node);
-        self.open_drive(self.drives.len() - 1)
-    }
-
     /// The owner hears nobody, and nobody hears it.
     fn exile(&mut self) {
         let Some(id) = self.serving() else { return };
@@ -303,6 +289,24 @@ impl Cluster {
         Ok(())
     }
 
+    /// Data of the victim rots.
+    fn rot(&mut self) {
+        let Some(victim) = self.victim else { return };
+        let base = self.profile.base;
+        let there = &mut self.drives[victim];
+        let layout = Layout::plan(there.uuid.0, base.disk_bytes, Some(base.journal_bytes));
+        let data = layout.expect("it was formatted").data / BLOCK as u64;
+        let mut used = there.disk.used();
+        used.retain(|&block| block >= data);
+        if used.is_empty() {
+            return;
+        }
+        let block = self.random.pick(&used);
+        note!(self, "rot {victim} {block:x}");
+        let what = self.drives[victim].disk.decay(block, true, &mut self.random);
+        self.count(what);
+    }
+
     /// Ten milliseconds of bad luck.
     pub(super) fn fault(&mut self) -> Checked {
         if !self.faulty {
@@ -324,6 +328,11 @@ impl Cluster {
         } else {
             node
         };
+        // Where data rots, nothing else takes the other copies away.
+        let (node, lost) = match self.victim {
+            Some(victim) => (self.drives[victim].node, victim),
+            None => (node, drive),
+        };
         let mut happens = |rate: u64| rate != 0 && self.random.below(rate) < 10;
         let (kill, power, blackout) = (happens(p.kill), happens(p.power), happens(p.blackout));
         let (pause, cut, isolate, snap) = (
@@ -334,7 +343,28 @@ impl Cluster {
         );
         let (leader, stall, leave) = (happens(p.leader), happens(p.stall), happens(p.leave));
         let (loss, destroy, gone) = (happens(p.disk_loss), happens(p.destroy), happens(p.gone));
-        let (retire, zombie) = (happens(p.retire), happens(p.zombie));
+        if happens(p.base.rot) {
+            self.rot();
+        }
+        let mut happens = |rate: u64| rate != 0 && self.random.below(rate) < 10;
+        let (retire, zombie, stuck) = (happens(p.retire), happens(p.zombie), happens(p.base.stuck));
+        let (resize, expand, drain) = (happens(p.resize), happens(p.expand), happens(p.drain));
+        if stuck && self.drives[drive].store.is_some() {
+            self.count("stuck disk");
+            let until = self.now + self.random.range(100_000, 12_000_000);
+            let there = &mut self.drives[drive];
+            there.stuck_until = until;
+            there.slow_until = there.slow_until.max(until);
+        }
+        if resize {
+            self.resize();
+        }
+        if expand {
+            self.expand(node)?;
+        }
+        if drain {
+            self.drain(node)?;
+        }
         if zombie && self.cuts.is_empty() {
             self.exile();
         }
@@ -375,7 +405,7 @@ impl Cluster {
         if loss {
             let power = self.random.one_in(2);
             self.count(if power { "disk lost power" } else { "disk lost" });
-            self.lose_drive(drive, power)?;
+            self.lose_drive(lost, power)?;
         }
         if destroy {
             self.destroy(drive)?;
@@ -415,6 +445,9 @@ impl Cluster {
         note!(self, "heal");
         self.faulty = false;
         self.raft.stalled_until = 0;
+        for drive in &mut self.drives {
+            drive.stuck_until = 0;
+        }
         for node in 0..self.sites.len() {
             self.sites[node].isolated = false;
             let pause = self.sites[node].paused;
@@ -422,6 +455,7 @@ impl Cluster {
                 self.resume(node, pause)?;
             }
         }
+        self.end_drains()?;
         let cuts: Vec<u64> = self.cuts.keys().copied().collect();
         for cut in cuts {
             self.mend(cut)?;

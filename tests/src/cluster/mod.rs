@@ -9,16 +9,19 @@
 //! * `profile`: what a seed draws. `world`: events and nodes. `stores`: disks. `link` and `connect`:
 //!   requests from an owner's node to a replica's, and the connections they take.
 //! * `consensus`: the log, its leader, leases. `agent`: what a node makes of the committed state, and the owner's mirror.
-//! * `work`: guests. `faults`: death and return. `oracle`: what must hold at the end.
+//! * `work`: guests. `faults`: death and return. `operator`: what somebody changes meanwhile. `oracle`: what must hold at
+//!   the end.
 //!
 //! The agent, the link and the consensus are models: small on purpose, with the rules that the real ones keep.
-//! Deliberately absent: rot and I/O errors (the simulator of one node has them), more than one volume, changes of membership.
+//! Deliberately absent: rot of metadata, lost and misdirected writes (the simulator of one node has them), more than one
+//! volume, changes of membership.
 
 mod agent;
 mod connect;
 mod consensus;
 mod faults;
 mod link;
+mod operator;
 mod oracle;
 pub mod profile;
 mod stores;

@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 
 use unibody_control::cluster::goes;
 use unibody_control::state::{Replica, ReplicaState};
-use unibody_dataplane::ids::{ChunkKey, Version};
+use unibody_dataplane::ids::{ChunkKey, REGIONS_PER_CHUNK, Version};
 use unibody_dataplane::mirror::{OpKind, Phase};
 use unibody_dataplane::replica::{ChunkRef, ExtentImage, Header, Reply, Request};
 use unibody_dataplane::store::{Verdict, check};
@@ -51,6 +51,7 @@ impl Cluster {
             }
         }
         self.read_everything()?;
+        self.verified()?;
         self.compare()?;
         self.close_and_check()
     }
@@ -61,6 +62,7 @@ impl Cluster {
         let alive = self.sites.iter().filter(|site| site.gone.is_none());
         self.owners.len() == 1
             && self.raft.asks.is_empty()
+            && self.drives.iter().all(|drive| !drive.failed)
             && self.sites.iter().all(|site| site.ops.is_empty())
             && alive
                 .clone()
@@ -135,6 +137,30 @@ impl Cluster {
                 }
             }
             at = end;
+        }
+        Ok(())
+    }
+
+    /// Where data rots, the scrub has been everywhere since the last of it.
+    fn verified(&mut self) -> Checked {
+        if self.victim.is_none() {
+            return Ok(());
+        }
+        let id = self
+            .serving()
+            .ok_or("the owner went before everything was verified")?;
+        let regions = self.raft.state.volumes[NAME].chunks.len() * REGIONS_PER_CHUNK;
+        let enough = self.owners[&id].mirror.status().regions_verified + regions as u64 + 2;
+        let until = self.now + HEAL_MS * 1000;
+        while self
+            .owners
+            .get(&id)
+            .is_some_and(|owner| owner.mirror.status().regions_verified < enough)
+        {
+            self.step()?;
+            if self.now > until {
+                return Err("the scrub does not come round".into());
+            }
         }
         Ok(())
     }
@@ -257,7 +283,8 @@ impl Cluster {
             }
         }
         for (n, drive) in self.drives.iter_mut().enumerate() {
-            if drive.gone || self.sites[drive.node].gone.is_some() {
+            // What rotted in a slot that is free meanwhile nobody makes good.
+            if drive.gone || self.sites[drive.node].gone.is_some() || self.victim == Some(n) {
                 continue;
             }
             let report = check(&mut drive.disk, &mut |_, _| {});

@@ -1,6 +1,6 @@
 //! What a seed draws: the cluster, the load and the faults of its run.
 
-use crate::sim::profile::Profile as Base;
+use crate::sim::profile::{Damage, Profile as Base};
 use crate::sim::random::Random;
 
 /// A run. Rates are "once in so many milliseconds" of the faulty phase; zero is never.
@@ -52,12 +52,19 @@ pub struct Profile {
     pub leave: u64,
     /// A disk is taken out that could go on: what is on it moves.
     pub retire: u64,
+    /// The volume grows by a chunk for each of its width.
+    pub resize: u64,
+    /// A node gets another disk.
+    pub expand: u64,
+    /// Nothing new goes to a node for a while.
+    pub drain: u64,
     /// The owner hears nobody for up to twenty seconds, and nobody hears it.
     pub zombie: u64,
 }
 
-/// One seed in so many is a run in which owners go on reading alone while others have taken their volume.
-const ZOMBIES: u64 = 16;
+/// Of so many seeds one is a run in which owners go on reading alone while others have taken their volume, in some I/O fails,
+/// in some data rots, and in some an operator changes things.
+const KINDS: u64 = 16;
 
 impl Profile {
     /// The profile of a seed.
@@ -118,10 +125,65 @@ impl Profile {
             credits: r.pick(&[2, 8, 64]),
             retire: if r.below(3) == 0 { 6_000 } else { 0 },
             zombie: 0,
+            resize: 0,
+            expand: 0,
+            drain: 0,
         };
-        match seed % ZOMBIES {
+        match seed % KINDS {
             7 => drawn.zombies(),
+            1 | 3 | 5 => drawn.injured(),
+            11 | 13 => drawn.changing().injured(),
+            4 | 10 | 15 => drawn.changing(),
+            2 | 12 | 14 => drawn.rotten(),
             _ => drawn,
+        }
+    }
+
+    /// Beside all else an operator grows the volume, puts in disks and drains nodes.
+    fn changing(self) -> Self {
+        let mut r = Random::new(self.seed ^ 0x6368_616e_6769_6e67);
+        Profile {
+            resize: r.pick(&[0, 4_000, 10_000]),
+            expand: r.pick(&[0, 6_000]),
+            drain: r.pick(&[0, 5_000]),
+            ..self
+        }
+    }
+
+    /// Beside all else, I/O fails.
+    fn injured(self) -> Self {
+        let mut r = Random::new(self.seed ^ 0x696e_6a75_7265_6421);
+        let base = Base {
+            io_error: r.pick(&[0, 60, 300]),
+            flush_error: r.pick(&[0, 20, 100]),
+            device_full: r.pick(&[0, 0, 100]),
+            stuck: r.pick(&[0, 0, 6_000]),
+            ..self.base
+        };
+        Profile { base, ..self }
+    }
+
+    /// The data on one disk rots, and nothing takes other replicas away: each block keeps a good copy, every read succeeds.
+    fn rotten(self) -> Self {
+        let mut r = Random::new(self.seed ^ 0x726f_7474_656e_2121);
+        let base = Base {
+            mirror: r.pick(&[2, 2, 3]),
+            damage: Damage::Within,
+            rot: r.pick(&[100, 500]),
+            scrub_ms: r.pick(&[3_000, 60_000]),
+            latency: r.pick(&[(20, 60), (50, 500), (10, 3000)]),
+            slow: 0,
+            io_timeout_ms: 0,
+            ..self.base
+        };
+        Profile {
+            base,
+            kill: self.kill,
+            leader: self.leader,
+            disk_loss: self.disk_loss,
+            leave: self.leave,
+            retire: self.retire,
+            ..self.without_faults()
         }
     }
 
@@ -156,7 +218,17 @@ impl Profile {
     }
 
     fn without_faults(self) -> Self {
+        let base = Base {
+            stuck: 0,
+            io_error: 0,
+            flush_error: 0,
+            device_full: 0,
+            damage: Damage::None,
+            rot: 0,
+            ..self.base
+        };
         Profile {
+            base,
             kill: 0,
             power: 0,
             blackout: 0,
@@ -172,6 +244,9 @@ impl Profile {
             leave: 0,
             retire: 0,
             zombie: 0,
+            resize: 0,
+            expand: 0,
+            drain: 0,
             ..self
         }
     }

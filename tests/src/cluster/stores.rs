@@ -1,6 +1,7 @@
 //! The disks of the cluster: what is asked of their stores, and their I/O.
 
 use unibody_dataplane::disk::{Io, Token};
+use unibody_dataplane::ids::PowerId;
 use unibody_dataplane::mirror::RequestId;
 use unibody_dataplane::replica::{Header, Reply, Request, Status};
 use unibody_dataplane::store::{self, Store, Tag};
@@ -40,7 +41,14 @@ impl Cluster {
                     self.job_done(drive, job, reply)?;
                 }
                 store::Effect::Failed(failure) => {
-                    return Err(format!("disk {drive} failed without cause: {failure:?}"));
+                    if !self.profile.base.injured() {
+                        return Err(format!("disk {drive} failed without cause: {failure:?}"));
+                    }
+                    note!(self, "disk {drive} failed {failure:?}");
+                    self.count("disk ended itself");
+                    self.drives[drive].failed = true;
+                    let delay = self.random.range(1_000, 2_000_000);
+                    self.after(delay, Event::Distrust { drive, turn });
                 }
                 store::Effect::Closed => self.drives[drive].failed = true,
             }
@@ -61,8 +69,42 @@ impl Cluster {
             there.slow_until = there.slow_until.max(self.now + delay);
         }
         let turn = self.drives[drive].turn;
-        let serial = self.drives[drive].disk.submit(token, io, None, &mut self.random);
+        let mishap = if self.faulty && !self.hush {
+            let base = self.profile.base;
+            base.mishap(&io, false, &mut self.random)
+        } else {
+            None
+        };
+        if let Some((name, _)) = mishap {
+            self.count(name);
+        }
+        let mishap = mishap.map(|(_, mishap)| mishap);
+        let serial = self.drives[drive]
+            .disk
+            .submit(token, io, mishap, &mut self.random);
         self.after(delay, Event::Done { drive, turn, serial });
+    }
+
+    /// A device I/O ends.
+    pub(super) fn io_done(&mut self, drive: usize, turn: u64, serial: u64) -> Checked {
+        let there = &mut self.drives[drive];
+        if there.turn != turn || !there.disk.is_flying(serial) {
+            return Ok(());
+        }
+        if there.stuck_until > self.now {
+            let (until, later) = (there.stuck_until, self.random.below(1_000));
+            self.at(until + later, Event::Done { drive, turn, serial });
+            return Ok(());
+        }
+        if there.disk.forgets(serial) {
+            // As good as a loss of power: what had completed may be gone. Whoever opens the disk again says so.
+            there.power = PowerId(self.random.name());
+            self.count("flush error that forgot");
+        }
+        let completion = self.drives[drive].disk.complete(serial, &mut self.random);
+        self.stats.device_ios += 1;
+        self.mark(&[2, self.now, drive as u64, serial, u64::from(completion.crcs[0])]);
+        self.store(drive, |store, out| store.completed(completion, out))
     }
 
     fn job_done(&mut self, drive: usize, job: Job, reply: Reply) -> Checked {

@@ -3,7 +3,7 @@
 //! submitted again; when another node has become the owner, the guest is killed.
 
 use unibody_dataplane::checksum::crc32c;
-use unibody_dataplane::ids::BLOCK;
+use unibody_dataplane::ids::{BLOCK, CHUNK};
 use unibody_dataplane::memory::{Arena, Payload};
 use unibody_dataplane::mirror::{OpError, OpId, OpKind};
 
@@ -50,7 +50,13 @@ impl Cluster {
             return Ok(());
         }
         self.left -= 1;
+        if let Some(id) = self.sites[node].owner {
+            self.load.resized(self.owners[&id].size);
+        }
         let (kind, first, end) = self.load.draw(&self.profile.base, &mut self.random);
+        if end > u64::from(self.profile.base.width) * CHUNK / SECTOR as u64 {
+            self.count("operation on what was added");
+        }
         self.begin(node, slot, kind, first, end)
     }
 
@@ -206,7 +212,9 @@ impl Cluster {
             let excused = match error {
                 OpError::TimedOut => self.profile.base.io_timeout_ms != 0,
                 OpError::Gone => true,
-                OpError::Io | OpError::NoSpace | OpError::Invalid => false,
+                OpError::Io => self.profile.base.injured(),
+                OpError::NoSpace => self.profile.base.device_full != 0,
+                OpError::Invalid => false,
             };
             if !excused {
                 return Err(format!(

@@ -22,6 +22,7 @@ use super::profile::Profile;
 use super::work::Op;
 use crate::checker::Checker;
 use crate::sim::disk::VirtualDisk;
+use crate::sim::profile::Damage;
 use crate::sim::random::Random;
 use crate::sim::work::Guest;
 use crate::sim::world::{Checked, Stats};
@@ -58,6 +59,8 @@ pub(super) enum Event {
     Batch { drive: usize, turn: u64 },
     /// A device I/O ends.
     Done { drive: usize, turn: u64, serial: u64 },
+    /// The process gives up a disk that ended itself.
+    Distrust { drive: usize, turn: u64 },
     /// A message on a connection.
     Wire {
         from: usize,
@@ -152,10 +155,13 @@ pub(super) struct Drive {
     pub(super) turn: u64,
     /// Destroyed.
     pub(super) gone: bool,
+    /// It has ended itself, or was closed.
     pub(super) failed: bool,
     pub(super) batched: bool,
     /// Something that was asked of it takes until then, or its process gives it up first.
     pub(super) slow_until: u64,
+    /// It completes nothing until then.
+    pub(super) stuck_until: u64,
     pub(super) jobs: BTreeMap<u64, Job>,
     pub(super) last_in: u64,
     pub(super) last_out: u64,
@@ -242,6 +248,8 @@ pub(super) struct Cluster {
     pub(super) faulty: bool,
     /// A node is gone for good and not declared so yet: nothing else may happen.
     pub(super) hush: bool,
+    /// The disk whose data rots.
+    pub(super) victim: Option<usize>,
     pub(super) asked: Option<Reply>,
     pub(super) stats: Stats,
 }
@@ -278,6 +286,7 @@ impl Cluster {
             checker: Checker::default(),
             faulty: true,
             hush: false,
+            victim: None,
             asked: None,
             stats: Stats::default(),
         };
@@ -295,8 +304,13 @@ impl Cluster {
             stripe_width: width,
             read_only: false,
             instance: 1,
-            chunks,
+            chunks: chunks.clone(),
         });
+        if profile.base.damage == Damage::Within {
+            let disks = chunks.concat();
+            let victim = cluster.random.pick(&disks);
+            cluster.victim = cluster.drive(victim);
+        }
         cluster
     }
 
@@ -373,6 +387,7 @@ impl Cluster {
             failed: false,
             batched: false,
             slow_until: 0,
+            stuck_until: 0,
             jobs: BTreeMap::new(),
             last_in: 0,
             last_out: 0,
@@ -453,7 +468,8 @@ impl Cluster {
             Event::Local { drive, .. }
             | Event::LocalAnswer { drive, .. }
             | Event::Batch { drive, .. }
-            | Event::Done { drive, .. } => Some(self.drives[*drive].node),
+            | Event::Done { drive, .. }
+            | Event::Distrust { drive, .. } => Some(self.drives[*drive].node),
             Event::Wire {
                 from, to, message, ..
             } => Some(if message.is_answer() { *from } else { *to }),
@@ -500,15 +516,13 @@ impl Cluster {
                 }
                 Ok(())
             }
-            Event::Done { drive, turn, serial } => {
-                let there = &mut self.drives[drive];
-                if there.turn != turn || !there.disk.is_flying(serial) {
-                    return Ok(());
+            Event::Done { drive, turn, serial } => self.io_done(drive, turn, serial),
+            Event::Distrust { drive, turn } => {
+                if self.drives[drive].turn == turn {
+                    self.lose_drive(drive, false)
+                } else {
+                    Ok(())
                 }
-                let completion = there.disk.complete(serial, &mut self.random);
-                self.stats.device_ios += 1;
-                self.mark(&[2, self.now, drive as u64, serial, u64::from(completion.crcs[0])]);
-                self.store(drive, |store, out| store.completed(completion, out))
             }
             Event::Wire {
                 from,

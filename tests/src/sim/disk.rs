@@ -399,6 +399,16 @@ impl VirtualDisk {
         self.unreadable.insert(block);
     }
 
+    /// A block that holds something can not be read any more, or (of metadata always) reads as something else.
+    pub(crate) fn decay(&mut self, block: u64, data: bool, random: &mut Random) -> &'static str {
+        if data && random.one_in(3) {
+            self.spoil(block);
+            return "latent error";
+        }
+        self.rot(block, random);
+        if data { "rot of data" } else { "rot of metadata" }
+    }
+
     /// The blocks that hold something, in order.
     pub fn used(&self) -> Vec<u64> {
         (0..self.blocks())

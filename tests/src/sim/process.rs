@@ -500,17 +500,10 @@ impl World {
             return;
         }
         note!(self, "rot {node} {block:x}");
-        if block >= data && self.random.one_in(3) {
-            self.nodes[node].disk.spoil(block);
-            self.count("latent error");
-        } else {
-            self.nodes[node].disk.rot(block, &mut self.random);
-            self.count(if block >= data {
-                "rot of data"
-            } else {
-                "rot of metadata"
-            });
-        }
+        let what = self.nodes[node]
+            .disk
+            .decay(block, block >= data, &mut self.random);
+        self.count(what);
     }
 
     /// Faults stop.

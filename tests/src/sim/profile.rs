@@ -1,5 +1,8 @@
 //! What a seed draws: the configuration, the load and the faults of its run.
 
+use unibody_dataplane::disk::{Io, IoError};
+
+use super::disk::Mishap;
 use super::random::Random;
 
 /// Which integrity faults (rot, latent errors, lost and misdirected writes) a run has.
@@ -235,6 +238,40 @@ impl Profile {
             scrub_ms: r.pick(&[0, 0, 3000]),
             io_timeout_ms: r.pick(&[0, 10_000]),
         }
+    }
+
+    /// What goes wrong with an I/O, and its name. `strays`: writes of this disk may get lost or land elsewhere.
+    pub(crate) fn mishap(
+        &self,
+        io: &Io,
+        strays: bool,
+        random: &mut Random,
+    ) -> Option<(&'static str, Mishap)> {
+        if *io == Io::Flush {
+            let fails = random.one_in(self.flush_error);
+            return fails.then_some(("flush error", Mishap::Fails(IoError::Media)));
+        }
+        if random.one_in(self.io_error) {
+            return Some(("I/O error", Mishap::Fails(IoError::Media)));
+        }
+        if !matches!(io, Io::Write { .. }) {
+            return None;
+        }
+        if random.one_in(self.device_full) {
+            return Some(("device full", Mishap::Fails(IoError::NoSpace)));
+        }
+        if strays && random.one_in(self.stray) {
+            return Some(match random.one_in(2) {
+                true => ("lost write", Mishap::Lost),
+                false => ("misdirected write", Mishap::Misdirected(random.range(1, 40))),
+            });
+        }
+        None
+    }
+
+    /// Operations may fail since I/O does.
+    pub(crate) fn injured(&self) -> bool {
+        self.io_error != 0 || self.device_full != 0 || self.flush_error != 0
     }
 
     /// A run without any fault.

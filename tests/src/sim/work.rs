@@ -64,6 +64,11 @@ impl Guest {
         }
     }
 
+    /// The device has this size now, as far as the guest knows.
+    pub(crate) fn resized(&mut self, size: u64) {
+        self.last = size / BLOCK as u64 - 1;
+    }
+
     pub(crate) fn draw(&self, profile: &Profile, random: &mut Random) -> (OpKind, u64, u64) {
         let (reads, flushes, zeros) = profile.mix;
         let dice = random.below(100);
@@ -296,9 +301,8 @@ impl World {
         if let Err(error) = result {
             self.stats.ops_failed += 1;
             let p = &self.profile;
-            let injured = p.io_error != 0 || p.device_full != 0 || p.flush_error != 0;
             let excused = match error {
-                OpError::Io => p.damage == Damage::Beyond || injured,
+                OpError::Io => p.damage == Damage::Beyond || p.injured(),
                 OpError::NoSpace => p.disk_bytes < 8 << 20 || p.device_full != 0,
                 OpError::TimedOut => p.io_timeout_ms != 0,
                 OpError::Gone => self.failed || self.leaving > 0,

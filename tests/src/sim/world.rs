@@ -9,7 +9,7 @@ use std::collections::{BTreeMap, BTreeSet, BinaryHeap};
 use unibody_control::planner;
 use unibody_control::state::{Applied, Command, NodeId, State};
 use unibody_dataplane::config::{Outcome, Proposal, VolumeConfig};
-use unibody_dataplane::disk::{Completion, Io, IoError};
+use unibody_dataplane::disk::{Completion, Io};
 use unibody_dataplane::ids::{BootId, DiskUuid, PowerId};
 use unibody_dataplane::memory::Payload;
 use unibody_dataplane::mirror::{self, Mirror, RequestId};
@@ -557,32 +557,11 @@ impl World {
         if !self.faulty {
             return None;
         }
+        let strays = self.profile.damage == Damage::Within && node == self.victim;
         let profile = self.profile;
-        if *io == Io::Flush {
-            return self.random.one_in(profile.flush_error).then(|| {
-                self.count("flush error");
-                Mishap::Fails(IoError::Media)
-            });
-        }
-        if self.random.one_in(profile.io_error) {
-            self.count("I/O error");
-            return Some(Mishap::Fails(IoError::Media));
-        }
-        if let Io::Write { .. } = io {
-            if self.random.one_in(profile.device_full) {
-                self.count("device full");
-                return Some(Mishap::Fails(IoError::NoSpace));
-            }
-            if profile.damage == Damage::Within && node == self.victim && self.random.one_in(profile.stray) {
-                if self.random.one_in(2) {
-                    self.count("lost write");
-                    return Some(Mishap::Lost);
-                }
-                self.count("misdirected write");
-                return Some(Mishap::Misdirected(self.random.range(1, 40)));
-            }
-        }
-        None
+        let (name, mishap) = profile.mishap(io, strays, &mut self.random)?;
+        self.count(name);
+        Some(mishap)
     }
 
     fn io_done(&mut self, node: usize, boot: u64, serial: u64) -> Checked {
