@@ -243,8 +243,8 @@ mod tests {
     #[test]
     fn a_newer_format_is_refused_as_such() {
         let text = String::from_utf8(encode(&State::default())).unwrap();
-        let newer = text.replacen("\"format\":3", "\"format\":4", 1);
-        assert!(matches!(decode(newer.as_bytes()), Err(Unreadable::Newer(4))));
+        let newer = text.replacen("\"format\":4", "\"format\":5", 1);
+        assert!(matches!(decode(newer.as_bytes()), Err(Unreadable::Newer(5))));
     }
 
     #[test]
@@ -264,7 +264,7 @@ mod tests {
             chunks,
         };
         state.apply(&create).unwrap();
-        let golden = include_str!("../golden/state-3.json");
+        let golden = include_str!("../golden/state-4.json");
         assert_eq!(
             String::from_utf8(encode(&state)).unwrap(),
             golden,
@@ -274,6 +274,7 @@ mod tests {
         for before in [
             include_str!("../golden/state-1.json"),
             include_str!("../golden/state-2.json"),
+            include_str!("../golden/state-3.json"),
         ] {
             assert_eq!(decode(before.as_bytes()).ok(), Some(state.clone()));
         }

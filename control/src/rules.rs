@@ -273,6 +273,7 @@ fn command(state: &State, step: &Step) -> Option<Command> {
         }
         Step::Describe(n, memory) => Command::DescribeVm {
             name: format!("m{n}"),
+            of: None,
             definition: "{}".into(),
             memory: u64::from(*memory),
             volumes: Vec::new(),
@@ -280,6 +281,7 @@ fn command(state: &State, step: &Step) -> Option<Command> {
         Step::Run(n, run) => Command::RunVm {
             name: format!("m{n}"),
             run: *run,
+            seconds: None,
         },
         Step::Vm(n, memory, volumes) => {
             let (name, known) = (format!("m{n}"), state.vms.contains_key(&format!("m{n}")));

@@ -252,7 +252,7 @@ fn lives(kind: VmmKind) -> Result<()> {
     let vmm = || kind.adapter(RuntimeRoot::new(bench.root.path()));
     let phase = || vmm().status("tiny").map(|status| status.phase);
     ensure!(phase()? == Phase::Stopped);
-    ensure!(vmm().stop("tiny", SHORT)? == Stopped::WasNotRunning);
+    ensure!(vmm().stop("tiny", SHORT.into())? == Stopped::WasNotRunning);
     ensure!(matches!(vmm().pause("tiny"), Err(VmmError::NotRunning { .. })));
 
     let spec = bench.spec("hold x")?;
@@ -296,17 +296,17 @@ fn lives(kind: VmmKind) -> Result<()> {
             .is_err(),
         "twice the same volume"
     );
-    let none = vmm().remove_volume("tiny", "none", SHORT);
+    let none = vmm().remove_volume("tiny", "none", SHORT.into());
     ensure!(matches!(none, Err(VmmError::Volume { .. })), "{none:?}");
     let kept = vmm()
-        .remove_volume("tiny", "more", Duration::from_secs(2))
+        .remove_volume("tiny", "more", Duration::from_secs(2).into())
         .err()
         .context("this guest lets go of nothing")?;
     ensure!(kept.to_string().contains("did not let go"), "{kept}");
     ensure!(bench.root.spec("tiny")?.volumes.len() == 2);
 
     ensure!(process.is_alive());
-    ensure!(vmm().stop("tiny", Duration::from_secs(1))? == Stopped::Killed);
+    ensure!(vmm().stop("tiny", Duration::from_secs(1).into())? == Stopped::Killed);
     ensure!(!process.is_alive() && phase()? == Phase::Stopped);
 
     let mut broken = bench.spec("hold x")?;
@@ -372,14 +372,14 @@ fn a_linux_under_the_adapter_takes_part() -> Result<()> {
     for _ in 0..2 {
         vmm.add_volume("tiny", &volume)?;
         told("/sys/block/vda /sys/block/vdb")?;
-        vmm.remove_volume("tiny", "more", SHORT)?;
+        vmm.remove_volume("tiny", "more", SHORT.into())?;
         told("/sys/block/vda")?;
         ensure!(bench.root.spec("tiny")?.volumes.len() == 1);
     }
     // A paused guest has to be woken to hear the button.
     vmm.pause("tiny")?;
     ensure!(
-        vmm.stop("tiny", SHORT)? == Stopped::Graceful,
+        vmm.stop("tiny", SHORT.into())? == Stopped::Graceful,
         "the guest did not power itself off"
     );
     Ok(())

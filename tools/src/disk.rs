@@ -189,9 +189,12 @@ pub(crate) fn run(command: DiskCommand, out: Out) -> Result<ExitCode> {
         } => {
             let path = format!("/v1/disks/{}/give-up", segment(&disk));
             let given_up: GivenUp = node.cluster()?.post(&path, &())?;
-            for (volume, chunks) in given_up.unreadable {
-                println!("volume {volume}: {chunks} chunks have no copy left that can be read now");
-            }
+            let line = |(volume, chunks): (&String, &u64)| {
+                format!("volume {volume}: {chunks} chunks have no copy left that can be read now")
+            };
+            let lines: Vec<_> = given_up.unreadable.iter().map(line).collect();
+            let told = json!({ "disk": disk, "leaving": true, "unreadable": given_up.unreadable });
+            out.done(&lines.join("\n"), &told)?;
         }
         DiskCommand::Fault {
             disk,

@@ -4,11 +4,12 @@
 //! the VM is placed; `vmm` at its top chooses the VMM, otherwise the first that is installed runs it.
 
 use std::path::{Path, PathBuf};
+use std::sync::atomic::AtomicBool;
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 use unibody_control::cluster::vms::{VmAct, VmChange, VmHost, VmNeeds};
-use unibody_vmm_adapter::{Phase, RuntimeRoot, VmSpec, Vmm, VmmError, VmmKind, VolumeSpec, find};
+use unibody_vmm_adapter::{Patience, Phase, RuntimeRoot, VmSpec, Vmm, VmmError, VmmKind, VolumeSpec, find};
 
 /// As the cluster keeps it.
 #[derive(Serialize, Deserialize)]
@@ -32,10 +33,15 @@ impl Host {
         find(&self.0, name).map_err(|error| chain(&error))
     }
 
-    fn try_stop(&self, name: &str, patience: Duration) -> Result<(), VmmError> {
+    /// What the VM of this name was started as, with what was changed since.
+    fn spec(&self, name: &str) -> Result<VmSpec, String> {
+        self.0.spec(name).map_err(|error| chain(&error))
+    }
+
+    fn try_stop(&self, name: &str, patience: Duration, off: &AtomicBool) -> Result<(), VmmError> {
         match find(&self.0, name)? {
             Some(vmm) if patience.is_zero() => vmm.kill(name).map(drop),
-            Some(vmm) => vmm.stop(name, patience).map(drop),
+            Some(vmm) => vmm.stop(name, Patience::unless(off, patience)).map(drop),
             None => Ok(()),
         }
     }
@@ -67,6 +73,12 @@ impl Definition {
         let text = serde_json::to_string(self).map_err(|error| error.to_string())?;
         Ok((needs, text))
     }
+}
+
+/// How many queues another volume of a VM gets: so many as are asked for, or as many as the most that one of them has.
+pub(crate) fn queues(asked: Option<u16>, spec: &VmSpec) -> u16 {
+    let most = spec.volumes.iter().map(|volume| volume.queues).max();
+    asked.or(most).unwrap_or(1)
 }
 
 /// Stands for the socket of a volume, which nobody knows before the VM has a place.
@@ -106,13 +118,14 @@ impl VmHost for Host {
     fn amend(&self, definition: &str, change: &VmChange) -> Result<(VmNeeds, String), String> {
         let mut definition: Definition =
             serde_json::from_str(definition).map_err(|error| format!("its definition: {error}"))?;
+        let like_others = queues(None, &definition.spec);
         let volumes = &mut definition.spec.volumes;
         match change {
             VmChange::Vmm(name) => definition.vmm = Some(name.parse()?),
             VmChange::AddVolume(volume) => volumes.push(VolumeSpec {
                 name: volume.volume.clone(),
                 socket: PathBuf::new(),
-                queues: volume.queues,
+                queues: volume.queues.unwrap_or(like_others),
                 readonly: volume.readonly,
             }),
             VmChange::RemoveVolume(name) => volumes.retain(|volume| volume.name != *name),
@@ -134,7 +147,7 @@ impl VmHost for Host {
         }
         spec.check().map_err(|error| chain(&error))?;
         // What is left of an earlier run: its guest has ended, or it would count as running.
-        self.try_stop(&spec.name, Duration::ZERO)
+        self.try_stop(&spec.name, Duration::ZERO, &AtomicBool::new(false))
             .map_err(|error| chain(&error))?;
         let adapter = match vmm {
             Some(kind) => kind.adapter(self.0.clone()),
@@ -147,39 +160,59 @@ impl VmHost for Host {
         Ok(())
     }
 
-    fn stop(&self, name: &str, patience: Duration) -> Result<(), String> {
-        self.try_stop(name, patience).map_err(|error| chain(&error))
+    fn stop(&self, name: &str, patience: Duration, off: &AtomicBool) -> Result<(), String> {
+        self.try_stop(name, patience, off).map_err(|error| chain(&error))
     }
 
-    fn act(&self, name: &str, act: &VmAct, socket: Option<&Path>) -> Result<serde_json::Value, String> {
+    fn act(
+        &self,
+        name: &str,
+        act: &VmAct,
+        socket: Option<&Path>,
+        off: &AtomicBool,
+    ) -> Result<serde_json::Value, String> {
         let Some(vmm) = self.find(name)? else {
             return match act {
-                VmAct::Status | VmAct::Kill | VmAct::Stop { .. } => Ok(serde_json::Value::Null),
-                _ => Err(format!(
+                VmAct::Status
+                | VmAct::Kill
+                | VmAct::Stop { .. }
+                | VmAct::AddVolume(_)
+                | VmAct::RemoveVolume { .. } => Ok(serde_json::Value::Null),
+                VmAct::Pause | VmAct::Resume => Err(format!(
                     "VM {name} does not run now: see `unibody vm status {name}`"
                 )),
             };
         };
+        let patience = Patience::unless(off, act.patience());
         let done = match act {
-            VmAct::Status => return process(&*vmm, name).map_err(|error| chain(&error)),
+            VmAct::Status => {
+                let mut process = process(&*vmm, name).map_err(|error| chain(&error))?;
+                let volumes = self.spec(name)?.volumes.into_iter().map(|volume| volume.name);
+                process["volumes"] = volumes.collect();
+                return Ok(process);
+            }
             VmAct::Kill => vmm.kill(name).map(drop),
-            VmAct::Stop { .. } => vmm.stop(name, act.patience()).map(drop),
+            VmAct::Stop { .. } => vmm.stop(name, patience).map(drop),
             VmAct::Pause => vmm.pause(name),
             VmAct::Resume => vmm.resume(name),
             VmAct::AddVolume(volume) => {
+                let spec = self.spec(name)?;
+                if spec.volumes.iter().any(|has| has.name == volume.volume) {
+                    // It was part of the definition at this start already.
+                    return Ok(serde_json::Value::Null);
+                }
                 let socket = socket.ok_or_else(|| format!("volume {} is not here", volume.volume))?;
                 let volume = VolumeSpec {
                     name: volume.volume.clone(),
                     socket: std::path::absolute(socket).map_err(|error| error.to_string())?,
-                    queues: volume.queues,
+                    queues: queues(volume.queues, &spec),
                     readonly: volume.readonly,
                 };
                 vmm.add_volume(name, &volume)
             }
             VmAct::RemoveVolume { volume, .. } => {
-                let spec = self.0.spec(name).map_err(|error| chain(&error))?;
-                match spec.volumes.iter().any(|has| has.name == *volume) {
-                    true => vmm.remove_volume(name, volume, act.patience()),
+                match self.spec(name)?.volumes.iter().any(|has| has.name == *volume) {
+                    true => vmm.remove_volume(name, volume, patience),
                     // It became part of the definition after this start.
                     false => Ok(()),
                 }
@@ -276,7 +309,7 @@ mod tests {
         let volume = unibody_control::cluster::vms::VmVolume {
             volume: "data".into(),
             readonly: true,
-            queues: 1,
+            queues: None,
         };
         let add = VmChange::AddVolume(volume);
         let (needs, definition) = host().amend(&definition, &add).unwrap();
@@ -291,6 +324,26 @@ mod tests {
         let Definition { vmm, spec } = serde_json::from_str(&definition).unwrap();
         assert_eq!((vmm, spec.volumes[0].readonly), (Some(VmmKind::Qemu), true));
         assert!(host().amend(&definition, &VmChange::Vmm("xen".into())).is_err());
+    }
+
+    #[test]
+    fn a_volume_that_is_added_has_as_many_queues_as_the_others() {
+        let queues_of = |text: &str, asked| {
+            let (_, definition) = host().check(text).unwrap();
+            let volume = unibody_control::cluster::vms::VmVolume {
+                volume: "data".into(),
+                readonly: false,
+                queues: asked,
+            };
+            let (_, definition) = host().amend(&definition, &VmChange::AddVolume(volume))?;
+            let Definition { spec, .. } = serde_json::from_str(&definition).unwrap();
+            Ok::<_, String>(spec.volumes.last().unwrap().queues)
+        };
+        let four = format!("vcpus = 4{TEXT}queues = 4");
+        assert_eq!(queues_of(TEXT, None), Ok(1));
+        assert_eq!(queues_of(&four, None), Ok(4));
+        assert_eq!(queues_of(&four, Some(2)), Ok(2));
+        assert!(queues_of(TEXT, Some(2)).is_err(), "more than it has virtual CPUs");
     }
 
     #[test]

@@ -3,6 +3,7 @@
 mod bench;
 mod demo;
 mod disk;
+mod drain;
 mod host;
 mod node;
 mod output;
@@ -57,8 +58,24 @@ struct StatusArgs {
     node: target::NodeArgs,
 }
 
+/// Says how the program is used: because that was asked for, or because it was called wrongly, to scripts in their form.
+fn usage(error: &clap::Error) -> ExitCode {
+    let mut words = std::env::args_os().take_while(|word| word != "--");
+    if error.use_stderr() && words.any(|word| word == "--json") {
+        let text = error.to_string();
+        let text = text.strip_prefix("error: ").unwrap_or(&text).trim_end();
+        println!("{}", serde_json::json!({ "error": text }));
+    }
+    // A terminal that has gone does not want to know.
+    error.print().ok();
+    ExitCode::from(u8::try_from(error.exit_code()).unwrap_or(2))
+}
+
 fn main() -> ExitCode {
-    let Cli { json, command } = Cli::parse();
+    let Cli { json, command } = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(error) => return usage(&error),
+    };
     let out = Out { json };
     let result = match command {
         Command::Serve(args) => serve::run(args, out).map(|()| ExitCode::SUCCESS),

@@ -4,23 +4,20 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result};
 use clap::{Args, Subcommand};
 use serde_json::json;
 use unibody_control::api;
-use unibody_control::api::types::{ClusterStatus, Drain, VmSummary, VolumeSummary};
+use unibody_control::api::types::Drain;
 use unibody_control::cluster::{Agent, JoinToken, NodeConfig, NodeSetup};
 use unibody_control::raft::Start;
 use unibody_dataplane::disk::spec::{Backend, DiskSpec};
 use unibody_vmm_adapter::RuntimeRoot;
 
+use crate::drain::wait_empty;
 use crate::host::Host;
 use crate::output::{self, Out, parse_size};
-use crate::progress::Bar;
-use crate::target::{Client, NODE_DIR, NodeArgs, runtime, segment};
-
-/// Between two looks at a node that is being drained.
-const LOOK: Duration = Duration::from_millis(500);
+use crate::target::{NODE_DIR, NodeArgs, runtime, segment};
 
 #[derive(Subcommand)]
 pub(crate) enum NodeCommand {
@@ -60,7 +57,7 @@ pub(crate) enum NodeCommand {
         /// Use it again.
         #[arg(long, conflicts_with = "wait")]
         off: bool,
-        /// Wait until nothing is left on it.
+        /// Wait until nothing is left on it; an error says what can not leave it.
         #[arg(long)]
         wait: bool,
         #[command(flatten)]
@@ -187,39 +184,6 @@ pub(crate) fn run(command: NodeCommand, out: Out) -> Result<()> {
             node.cluster()?.delete(&format!("/v1/nodes/{}", segment(&name)))?;
             out.done("", &json!({ "node": name, "removed": true }))
         }
-    }
-}
-
-/// What is still on a node: replicas, volumes and VMs.
-fn left_on(status: &ClusterStatus, name: &str) -> u64 {
-    let disks = status.disks.iter().filter(|disk| disk.node == name);
-    let replicas: u64 = disks.map(|disk| disk.replicas).sum();
-    let owned = |volume: &&VolumeSummary| volume.owner.as_deref() == Some(name);
-    let volumes = status.volumes.iter().filter(owned).count() as u64;
-    let placed = |vm: &&VmSummary| vm.node.as_deref() == Some(name);
-    replicas + volumes + status.vms.iter().filter(placed).count() as u64
-}
-
-/// Waits until nothing is left on a node that is drained. It may be that nothing can leave it: who waits sees that it stands still.
-fn wait_empty(client: &Client, name: &str, out: Out) -> Result<()> {
-    let mut bar = Bar::new(&format!("draining {name}"), out);
-    let mut most = 0;
-    loop {
-        let status = client.status()?;
-        let Some(node) = status.nodes.iter().find(|node| node.name == name) else {
-            bail!("node {name} was removed meanwhile");
-        };
-        if !node.draining {
-            bail!("node {name} is used again: somebody has ended the draining");
-        }
-        let left = left_on(&status, name);
-        most = left.max(most);
-        if left == 0 {
-            bar.end();
-            return Ok(());
-        }
-        bar.show(most - left, most);
-        std::thread::sleep(LOOK);
     }
 }
 

@@ -19,9 +19,13 @@ pub(crate) struct Bar {
 
 impl Bar {
     pub(crate) fn new(what: &str, out: Out) -> Self {
+        Bar::on(what, out, std::io::stderr().is_terminal())
+    }
+
+    fn on(what: &str, out: Out, terminal: bool) -> Self {
         Bar {
             what: what.to_owned(),
-            seen: !out.json && std::io::stderr().is_terminal(),
+            seen: !out.json && terminal,
             drawn: None,
         }
     }
@@ -80,8 +84,10 @@ mod tests {
     }
 
     #[test]
-    fn a_script_sees_no_bar() {
-        let bar = Bar::new("x", Out { json: true });
-        assert!(!bar.due(Instant::now()));
+    fn a_bar_is_for_a_person_at_a_terminal_and_no_script_sees_it() {
+        let due = |json, terminal| Bar::on("x", Out { json }, terminal).due(Instant::now());
+        assert!(due(false, true));
+        assert!(!due(true, true), "whoever asks for JSON");
+        assert!(!due(false, false), "whoever reads a pipe");
     }
 }

@@ -188,6 +188,62 @@ fn parse_volume(text: &str) -> Result<VolumeSpec> {
 mod tests {
     use super::*;
 
+    /// Options are compared as a whole, so what is added to them later is compared too.
+    #[test]
+    fn a_file_says_what_flags_say() {
+        #[derive(clap::Parser)]
+        struct Flags {
+            #[command(flatten)]
+            args: ServeArgs,
+        }
+        let given = |words: &[&str]| {
+            let Flags { args } = clap::Parser::parse_from([&["serve"], words].concat());
+            format!("{:?}", options(args).unwrap())
+        };
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("node.toml");
+        std::fs::write(
+            &file,
+            "cores = [2, 5]\ndisks = ['a.img,domain=x', 'mem:1G']\nvolumes = ['v,size=1G,queues=4']\nstate = 's'\n\
+             control = 'c.sock'\ncache = '16M'\n",
+        )
+        .unwrap();
+        let file = ["--config", file.to_str().unwrap()];
+        let flags = [
+            "--cores",
+            "2,5",
+            "--disk",
+            "a.img,domain=x",
+            "--disk",
+            "mem:1G",
+            "--volume",
+            "v,size=1G,queues=4",
+            "--state",
+            "s",
+            "--control",
+            "c.sock",
+            "--cache",
+            "16M",
+        ];
+        assert_eq!(given(&file), given(&flags));
+        let less = [
+            "--disk",
+            "a.img,domain=x",
+            "--disk",
+            "mem:1G",
+            "--volume",
+            "v,size=1G,queues=4",
+            "--state",
+            "s",
+        ];
+        assert_ne!(given(&file), given(&less));
+        let wins = given(&[&file[..], &["--cores", "3", "--cache", "8M"]].concat());
+        assert!(
+            wins.contains("cores: [3]") && wins.contains(&format!("cache_bytes: {}", 8 << 20)),
+            "{wins}"
+        );
+    }
+
     #[test]
     fn a_volume_is_read_from_one_flag() {
         let spec = parse_volume("bench,size=1G,mirror=2,socket=/run/x.sock,readonly").unwrap();

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail};
 use clap::{Args, Subcommand};
 use serde_json::{Value, json};
-use unibody_control::api::types::{OnNode, Swap, VmDefinition, VmDetail, VolumeOff};
+use unibody_control::api::types::{OnNode, Swap, VmDefinition, VmDetail, VmStop, VolumeOff};
 use unibody_control::cluster::LocalRequest;
 use unibody_control::cluster::vms::VmVolume;
 use unibody_vmm_adapter::{RuntimeRoot, Started, VmSpec, VmStatus, Vmm, VmmKind, VolumeSpec, find, swap};
@@ -92,9 +92,9 @@ enum VmCommand {
         volume: String,
         /// The volume's socket; a cluster knows it.
         socket: Option<PathBuf>,
-        /// Request queues.
-        #[arg(long, default_value_t = 1)]
-        queues: u16,
+        /// Request queues [default: as many as the most that another volume of it has].
+        #[arg(long)]
+        queues: Option<u16>,
         /// The guest may only read.
         #[arg(long)]
         readonly: bool,
@@ -179,7 +179,7 @@ fn here(here: &Here, command: VmCommand, out: Out) -> Result<()> {
         }
         VmCommand::Start { spec, vmm, on: None } => start(root, &read_spec(&spec)?, vmm, out)?,
         VmCommand::Stop { name, patience } => {
-            let stopped = json!(here.vmm(&name)?.stop(&name, patience.duration())?);
+            let stopped = json!(here.vmm(&name)?.stop(&name, patience.duration().into())?);
             let text = format!("{name}: {}", stopped.as_str().unwrap_or_default());
             out.done(&text, &json!({ "vm": name, "stopped": stopped }))?;
         }
@@ -208,13 +208,14 @@ fn here(here: &Here, command: VmCommand, out: Out) -> Result<()> {
             queues,
             readonly,
         } => {
+            let vmm = here.vmm(&name)?;
             let spec = VolumeSpec {
                 name: volume,
                 socket: std::path::absolute(&socket)?,
-                queues,
+                queues: host::queues(queues, &root.spec(&name)?),
                 readonly,
             };
-            here.vmm(&name)?.add_volume(&name, &spec)?;
+            vmm.add_volume(&name, &spec)?;
             out.done("", &json!({ "vm": name, "added": spec.name }))?;
         }
         VmCommand::RemoveVolume {
@@ -223,7 +224,7 @@ fn here(here: &Here, command: VmCommand, out: Out) -> Result<()> {
             patience,
         } => {
             here.vmm(&name)?
-                .remove_volume(&name, &volume, patience.duration())?;
+                .remove_volume(&name, &volume, patience.duration().into())?;
             out.done("", &json!({ "vm": name, "removed": volume }))?;
         }
         VmCommand::Swap { name, to, patience } => {
@@ -270,7 +271,8 @@ fn in_cluster(client: Client, command: VmCommand, out: Out) -> Result<()> {
             out.done(&text, &json!({ "vm": name, "node": node }))?;
         }
         VmCommand::Stop { name, patience } => {
-            client.post::<()>(&format!("{}/stop", path(&name)), &())?;
+            let seconds = patience.timeout;
+            client.post::<()>(&format!("{}/stop", path(&name)), &VmStop { seconds })?;
             let end = patience.duration() + Duration::from_secs(10);
             until(&client, &name, "stopped", end)?;
             out.done(

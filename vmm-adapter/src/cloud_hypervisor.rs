@@ -26,7 +26,8 @@ use crate::process::{POLL, Process};
 use crate::runtime::{RuntimeRoot, VmDir};
 use crate::spec::Accelerator;
 use crate::{
-    Accel, Phase, Probe, Started, Stopped, VmSpec, VmStatus, Vmm, VmmError, VmmKind, VolumeSpec, backend,
+    Accel, Patience, Phase, Probe, Started, Stopped, VmSpec, VmStatus, Vmm, VmmError, VmmKind, VolumeSpec,
+    backend,
 };
 
 const KIND: VmmKind = VmmKind::CloudHypervisor;
@@ -119,8 +120,8 @@ impl Vmm for CloudHypervisor {
         })
     }
 
-    fn stop(&self, name: &str, timeout: Duration) -> Result<Stopped, VmmError> {
-        lifecycle::stop(&self.root, KIND, name, timeout, |dir| {
+    fn stop(&self, name: &str, patience: Patience<'_>) -> Result<Stopped, VmmError> {
+        lifecycle::stop(&self.root, KIND, name, patience, |dir| {
             let api = Api::new(dir)?;
             match api.phase()? {
                 // No guest that could answer a power button.
@@ -162,7 +163,7 @@ impl Vmm for CloudHypervisor {
         })
     }
 
-    fn remove_volume(&self, name: &str, volume: &str, timeout: Duration) -> Result<(), VmmError> {
+    fn remove_volume(&self, name: &str, volume: &str, patience: Patience<'_>) -> Result<(), VmmError> {
         let _lock = self.root.vm(name).lock()?;
         self.with(name, |api| {
             let mut spec = self.root.spec(name)?;
@@ -175,7 +176,7 @@ impl Vmm for CloudHypervisor {
                     problem,
                 });
             }
-            api.remove_device(volume, timeout)?;
+            api.remove_device(volume, patience)?;
             api.dir.write_spec(&spec)
         })
     }
@@ -245,20 +246,23 @@ impl<'a> Api<'a> {
         }
     }
 
-    fn remove_device(&self, volume: &str, timeout: Duration) -> Result<(), VmmError> {
+    fn remove_device(&self, volume: &str, patience: Patience<'_>) -> Result<(), VmmError> {
         let id = device_id(volume);
         let device = VmRemoveDevice { id: Some(id.clone()) };
         self.call("vm.remove-device", |client| client.vm_remove_device_put(device))?;
-        let deadline = Instant::now() + timeout;
+        let deadline = patience.end();
         loop {
             let info = self.call("vm.info", |client| client.vm_info_get())?;
             if !info.device_tree.is_some_and(|tree| tree.contains_key(&id)) {
                 return Ok(());
             }
+            if patience.is_off() {
+                return Err(VmmError::CalledOff);
+            }
             if Instant::now() >= deadline {
                 let problem = format!(
                     "the guest did not let go of it within {} s; unmount it there and try again",
-                    timeout.as_secs()
+                    patience.seconds()
                 );
                 return Err(VmmError::Volume {
                     volume: volume.to_owned(),

@@ -103,6 +103,9 @@ pub enum VmmError {
         /// How long it was waited for.
         seconds: u64,
     },
+    /// The wait for a guest was called off.
+    #[error("it was called off, since the VM is to end")]
+    CalledOff,
     /// A process that does not go away.
     #[error(
         "process {pid} of VM {name} did not end within {seconds} s of being killed; it hangs in the kernel, look at its stack"

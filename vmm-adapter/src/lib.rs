@@ -17,6 +17,7 @@ mod cloud_hypervisor;
 mod error;
 pub mod guest;
 mod lifecycle;
+mod patience;
 mod process;
 mod qemu;
 mod qemu_arguments;
@@ -32,6 +33,7 @@ use serde::{Deserialize, Serialize};
 pub use accel::Accel;
 pub use cloud_hypervisor::CloudHypervisor;
 pub use error::VmmError;
+pub use patience::Patience;
 pub use process::Process;
 pub use qemu::Qemu;
 pub use runtime::{RUNTIME_ENV, RuntimeRoot, VmState};
@@ -163,11 +165,11 @@ pub trait Vmm: Send + Sync {
     /// It runs already, something in the specification cannot be had here, or the VMM fails; then nothing is left running.
     fn start(&self, spec: &VmSpec) -> Result<Started, VmmError>;
 
-    /// Asks the guest to power off, and kills it if it has not within `timeout`.
+    /// Asks the guest to power off, and kills it if it has not within `patience`; not if that is called off.
     ///
     /// # Errors
-    /// It runs under another VMM, or cannot be killed.
-    fn stop(&self, name: &str, timeout: Duration) -> Result<Stopped, VmmError>;
+    /// It runs under another VMM, or cannot be killed, or it was called off.
+    fn stop(&self, name: &str, patience: Patience<'_>) -> Result<Stopped, VmmError>;
 
     /// Kills it at once. Works while another command is stuck on it.
     ///
@@ -202,8 +204,8 @@ pub trait Vmm: Send + Sync {
     /// Removes a volume from the running VM, once its guest let go of it, and from the kept specification.
     ///
     /// # Errors
-    /// It does not run here, has no such volume, or the guest does not let go within `timeout`.
-    fn remove_volume(&self, name: &str, volume: &str, timeout: Duration) -> Result<(), VmmError>;
+    /// It does not run here, has no such volume, or the guest does not let go within `patience`.
+    fn remove_volume(&self, name: &str, volume: &str, patience: Patience<'_>) -> Result<(), VmmError>;
 }
 
 /// The adapter under which the VM of this name runs, if it does.
@@ -227,6 +229,6 @@ pub fn swap(
 ) -> Result<(Stopped, Started), VmmError> {
     spec.check()?;
     to.probe()?;
-    let stopped = from.stop(&spec.name, timeout)?;
+    let stopped = from.stop(&spec.name, timeout.into())?;
     Ok((stopped, to.start(spec)?))
 }

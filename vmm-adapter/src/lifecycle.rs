@@ -10,7 +10,7 @@ use std::time::Duration;
 use crate::process::{Process, spawn_detached};
 use crate::runtime::{RuntimeRoot, VmDir, VmState};
 use crate::spec::VmSpec;
-use crate::{Accel, Phase, Stopped, VmStatus, VmmError, VmmKind, backend};
+use crate::{Accel, Patience, Phase, Stopped, VmStatus, VmmError, VmmKind, backend};
 
 /// How long a killed process may take to disappear.
 const KILL_TIMEOUT: Duration = Duration::from_secs(20);
@@ -94,12 +94,12 @@ impl Launch<'_> {
     }
 }
 
-/// Asks the guest to power off by `ask`, and kills it after `timeout`.
+/// Asks the guest to power off by `ask`, and kills it when there is no more patience; not if that is called off.
 pub(crate) fn stop(
     root: &RuntimeRoot,
     kind: VmmKind,
     name: &str,
-    timeout: Duration,
+    patience: Patience<'_>,
     ask: impl FnOnce(&VmDir) -> Result<(), VmmError>,
 ) -> Result<Stopped, VmmError> {
     let dir = root.vm(name);
@@ -111,11 +111,14 @@ pub(crate) fn stop(
         return Ok(Stopped::WasNotRunning);
     };
     // A VMM that cannot even be asked is one that needs to be killed; why it did not answer would not help here.
-    if ask(&dir).is_ok() && process.wait(timeout) {
+    if ask(&dir).is_ok() && process.wait(patience) {
         dir.clear()?;
         return Ok(Stopped::Graceful);
     }
     let graceful = !process.is_alive();
+    if !graceful && patience.is_off() {
+        return Err(VmmError::CalledOff);
+    }
     end(&dir, name, &process)?;
     Ok(if graceful {
         Stopped::Graceful
@@ -177,7 +180,7 @@ fn end(dir: &VmDir, name: &str, process: &Process) -> Result<(), VmmError> {
     process
         .kill()
         .map_err(VmmError::io("killing the VMM", format!("/proc/{}", process.pid)))?;
-    if !process.wait(KILL_TIMEOUT) {
+    if !process.wait(KILL_TIMEOUT.into()) {
         return Err(VmmError::Unkillable {
             name: name.to_owned(),
             pid: process.pid,

@@ -12,6 +12,8 @@ use std::time::{Duration, Instant};
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 use serde::{Deserialize, Serialize};
 
+use crate::Patience;
+
 /// How often a waiting command looks again.
 pub(crate) const POLL: Duration = Duration::from_millis(20);
 
@@ -55,11 +57,11 @@ impl Process {
         }
     }
 
-    /// Waits until it has ended; false if it has not within `timeout`.
-    pub(crate) fn wait(&self, timeout: Duration) -> bool {
-        let deadline = Instant::now() + timeout;
+    /// Waits until it has ended; false if it has not while there is patience.
+    pub(crate) fn wait(&self, patience: Patience<'_>) -> bool {
+        let deadline = patience.end();
         while self.is_alive() {
-            if Instant::now() >= deadline {
+            if Instant::now() >= deadline || patience.is_off() {
                 return false;
             }
             std::thread::sleep(POLL);
@@ -123,9 +125,9 @@ mod tests {
             process.is_alive(),
             "a kill of another incarnation must not hit this one"
         );
-        assert!(!process.wait(Duration::ZERO));
+        assert!(!process.wait(Duration::ZERO.into()));
         process.kill().unwrap();
-        assert!(process.wait(Duration::from_secs(10)));
+        assert!(process.wait(Duration::from_secs(10).into()));
         process.kill().unwrap();
     }
 }

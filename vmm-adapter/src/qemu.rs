@@ -21,7 +21,9 @@ use crate::lifecycle::{self, Launch};
 use crate::process::{POLL, Process};
 use crate::qemu_arguments::{SPARE_PORTS, arguments, chardev_id, device_id, parse_version, reconnect};
 use crate::runtime::{RuntimeRoot, VmDir};
-use crate::{Phase, Probe, Started, Stopped, VmSpec, VmStatus, Vmm, VmmError, VmmKind, VolumeSpec, backend};
+use crate::{
+    Patience, Phase, Probe, Started, Stopped, VmSpec, VmStatus, Vmm, VmmError, VmmKind, VolumeSpec, backend,
+};
 
 const KIND: VmmKind = VmmKind::Qemu;
 const BINARY: Binary = Binary {
@@ -107,8 +109,8 @@ impl Vmm for Qemu {
         })
     }
 
-    fn stop(&self, name: &str, timeout: Duration) -> Result<Stopped, VmmError> {
-        lifecycle::stop(&self.root, KIND, name, timeout, |dir| {
+    fn stop(&self, name: &str, patience: Patience<'_>) -> Result<Stopped, VmmError> {
+        lifecycle::stop(&self.root, KIND, name, patience, |dir| {
             let mut monitor = Monitor::connect(dir)?;
             // A guest whose processors stand still would not see the button.
             if monitor.phase()? == Phase::Paused {
@@ -148,7 +150,7 @@ impl Vmm for Qemu {
         })
     }
 
-    fn remove_volume(&self, name: &str, volume: &str, timeout: Duration) -> Result<(), VmmError> {
+    fn remove_volume(&self, name: &str, volume: &str, patience: Patience<'_>) -> Result<(), VmmError> {
         let _lock = self.root.vm(name).lock()?;
         self.with(name, |monitor| {
             let mut spec = self.root.spec(name)?;
@@ -161,7 +163,7 @@ impl Vmm for Qemu {
                     problem,
                 });
             }
-            monitor.remove_volume(volume, timeout)?;
+            monitor.remove_volume(volume, patience)?;
             monitor.dir.write_spec(&spec)
         })
     }
@@ -282,15 +284,18 @@ impl<'a> Monitor<'a> {
         added.map(drop)
     }
 
-    fn remove_volume(&mut self, volume: &str, timeout: Duration) -> Result<(), VmmError> {
+    fn remove_volume(&mut self, volume: &str, patience: Patience<'_>) -> Result<(), VmmError> {
         let id = device_id(volume);
         self.execute("device_del", &qmp::device_del { id: id.clone() })?;
-        let deadline = Instant::now() + timeout;
+        let deadline = patience.end();
         while self.devices()?.contains(&id) {
+            if patience.is_off() {
+                return Err(VmmError::CalledOff);
+            }
             if Instant::now() >= deadline {
                 let problem = format!(
                     "the guest did not let go of it within {} s; unmount it there and try again",
-                    timeout.as_secs()
+                    patience.seconds()
                 );
                 return Err(VmmError::Volume {
                     volume: volume.to_owned(),

@@ -3,16 +3,18 @@
 use std::time::Duration;
 
 use axum::Json;
+use axum::body::Bytes;
 use axum::extract::{FromRequest, Path, Request, State};
 use axum::http::{HeaderMap, StatusCode};
 use serde::de::DeserializeOwned;
 use tokio::time::Instant;
 use unibody_dataplane::geometry::Geometry;
 
-use super::types::{Attached, Drain, NewVolume, OnNode, Resize, VmDefinition};
+use super::types::{Attached, Drain, NewVolume, OnNode, Resize, VmDefinition, VmStop};
 use super::{Api, DO, Failure, PASSED_ON, PAUSE, conflict, find_node, name_of, wrong};
 use crate::admin::{NodeStatus, VolumeStatus};
 use crate::cluster::LocalRequest;
+use crate::cluster::vms::SECONDS_MAX;
 use crate::planner;
 use crate::state::{Applied, Command, NodeId, Refused, State as Control, VmSpec, Volume};
 
@@ -32,6 +34,35 @@ impl<T: DeserializeOwned> FromRequest<Api> for Given<T> {
             Ok(Json(given)) => Ok(Given(given)),
             Err(rejection) => Err(Failure(rejection.status(), rejection.body_text())),
         }
+    }
+}
+
+/// The same, or no body at all.
+pub(super) struct Perhaps<T>(pub(super) Option<T>);
+
+impl<T: DeserializeOwned> FromRequest<Api> for Perhaps<T> {
+    type Rejection = Failure;
+
+    async fn from_request(request: Request, api: &Api) -> Result<Self, Failure> {
+        let body = Bytes::from_request(request, api).await;
+        let body = body.map_err(|rejection| Failure(rejection.status(), rejection.body_text()))?;
+        if body.is_empty() {
+            return Ok(Perhaps(None));
+        }
+        let given = serde_json::from_slice(&body);
+        given
+            .map(Perhaps)
+            .map_err(|error| Failure(StatusCode::UNPROCESSABLE_ENTITY, error.to_string()))
+    }
+}
+
+/// How long a guest is given that is asked for something.
+pub(super) fn bounded(seconds: u64) -> Result<u64, Failure> {
+    match seconds <= SECONDS_MAX {
+        true => Ok(seconds),
+        false => Err(wrong(format!(
+            "{seconds} s are too long to wait: {SECONDS_MAX} at most"
+        ))),
     }
 }
 
@@ -248,6 +279,7 @@ pub(super) async fn define_vm(
     let command = match view.state.vms.contains_key(&name) {
         true => Command::DescribeVm {
             name,
+            of: None,
             definition,
             memory,
             volumes,
@@ -283,6 +315,7 @@ pub(super) async fn start_vm(
     let run = Command::RunVm {
         name: name.clone(),
         run: true,
+        seconds: None,
     };
     let Some(node) = wanted.filter(|node| vm.node != Some(*node)) else {
         return api.propose(run).await.map(done);
@@ -307,10 +340,25 @@ pub(super) async fn start_vm(
     Ok(StatusCode::NO_CONTENT)
 }
 
-/// Shuts a VM down, and keeps it so.
-#[utoipa::path(post, path = "/v1/vms/{name}/stop", params(("name" = String, Path)), responses((status = 204), (status = "4XX", body = super::types::Problem)))]
-pub(super) async fn stop_vm(State(api): State<Api>, Path(name): Path<String>) -> Done {
-    api.propose(Command::RunVm { name, run: false }).await.map(done)
+/// Shuts a VM down, and keeps it so. Without a body its guest has a minute.
+#[utoipa::path(post, path = "/v1/vms/{name}/stop", params(("name" = String, Path)), request_body = Option<VmStop>, responses((status = 204), (status = "4XX", body = super::types::Problem)))]
+pub(super) async fn stop_vm(
+    State(api): State<Api>,
+    Path(name): Path<String>,
+    Perhaps(stop): Perhaps<VmStop>,
+) -> Done {
+    let seconds = stop.map(|stop| bounded(stop.seconds)).transpose()?;
+    run_not(&api, name, seconds).await
+}
+
+/// Says that a VM is not to run, and how long its guest may take to end it.
+pub(super) async fn run_not(api: &Api, name: String, seconds: Option<u64>) -> Done {
+    let stop = Command::RunVm {
+        name,
+        run: false,
+        seconds: seconds.map(|seconds| seconds as u32),
+    };
+    api.propose(stop).await.map(done)
 }
 
 /// Forgets a VM that is stopped. Its volumes stay.

@@ -5,13 +5,18 @@ use axum::Json;
 use axum::extract::{Path, State};
 use axum::http::StatusCode;
 
-use super::act::{Done, Given, attach_volume, done, stop_vm};
+use super::act::{Done, Given, attach_volume, bounded, run_not};
 use super::show;
 use super::types::{OnNode, Swap, VmDetail, VolumeOff};
 use super::{Api, Failure, conflict, name_of, wrong};
 use crate::cluster::LocalRequest;
-use crate::cluster::vms::{SECONDS_MAX, VmAct, VmChange, VmVolume};
-use crate::state::{Command, NodeId, Refused, State as Control, Vm};
+use crate::cluster::vms::{VmAct, VmChange, VmVolume};
+use crate::state::{Command, DefinitionDigest, Refused, State as Control, Vm, VmSpec};
+
+/// Times that a definition is changed anew because somebody else has changed it.
+const AMENDS_MAX: u32 = 50;
+/// Times that a VM is looked for elsewhere because it was moved.
+const MOVES_MAX: u32 = 5;
 
 fn find<'a>(state: &'a Control, name: &str) -> Result<&'a Vm, Failure> {
     state
@@ -38,38 +43,83 @@ async fn on_its_node(api: &Api, name: &str, what: VmAct) -> Result<serde_json::V
         .map_err(conflict)
 }
 
-/// Where a VM runs, if it does: a VM that has a place may still be on its way.
-async fn runs(api: &Api, state: &Control, name: &str) -> Result<Option<NodeId>, Failure> {
-    let Some(node) = find(state, name)?.node else {
-        return Ok(None);
-    };
-    let status = api.ask(state, node, act(name, VmAct::Status)).await;
-    let status = status.map_err(conflict)?;
-    Ok((!status.is_null()).then_some(node))
-}
-
-/// Changes what a VM is.
-async fn amend(api: &Api, name: &str, change: &VmChange) -> Done {
+/// What the process of a VM on its node is, as far as the node says; it has only a moment.
+async fn process(api: &Api, name: &str) -> Result<serde_json::Value, Failure> {
     let (view, _) = api.view().await;
-    let vm = find(&view.state, name)?;
-    let (needs, definition) = api.0.host.amend(&vm.spec.definition, change).map_err(wrong)?;
-    // Whether it is to run stays as it is then, and so does the memory that it holds where it runs.
-    let command = Command::DescribeVm {
-        name: name.to_owned(),
-        definition,
-        memory: needs.memory,
-        volumes: needs.volumes,
+    let Some(node) = find(&view.state, name)?.node else {
+        return Ok(serde_json::Value::Null);
     };
-    api.propose(command).await.map(done)
+    let said = api.ask(&view.state, node, act(name, VmAct::Status)).await;
+    said.map_err(unknown)
 }
 
-fn bounded(seconds: u64) -> Result<u64, Failure> {
-    match seconds <= SECONDS_MAX {
-        true => Ok(seconds),
-        false => Err(wrong(format!(
-            "{seconds} s are too long to wait: {SECONDS_MAX} at most"
-        ))),
+/// Has a VM that may run know of a volume more or less than before, wherever it is. One that is on its way is waited for; one
+/// that is started later is what the state says by then.
+async fn follow(api: &Api, name: &str, what: &VmAct) -> Result<(), Failure> {
+    for _ in 0..MOVES_MAX {
+        let (view, _) = api.view().await;
+        let vm = find(&view.state, name)?;
+        let Some(node) = vm.node else {
+            return Ok(());
+        };
+        if let VmAct::AddVolume(volume) = what {
+            let on = OnNode {
+                node: Some(node.to_string()),
+            };
+            let _served = attach_volume(State(api.clone()), Path(volume.volume.clone()), Given(on)).await?;
+        }
+        let epoch = vm.epoch;
+        let followed = api.ask(&view.state, node, act(name, what.clone())).await;
+        followed.map_err(conflict)?;
+        let (view, _) = api.view().await;
+        if find(&view.state, name)?.epoch == epoch {
+            return Ok(());
+        }
     }
+    Err(conflict(format!("VM {name} is moved about: try again")))
+}
+
+/// Changes what a VM is, from whatever it is by then; what it was before, and what it is now.
+async fn amend(api: &Api, name: &str, change: &VmChange) -> Result<(VmSpec, DefinitionDigest), Failure> {
+    for _ in 0..AMENDS_MAX {
+        let (view, _) = api.view().await;
+        let before = &find(&view.state, name)?.spec;
+        let (needs, definition) = api.0.host.amend(&before.definition, change).map_err(wrong)?;
+        let now = DefinitionDigest::of(&definition);
+        // Whether it is to run stays as it is then, and so does the memory that it holds where it runs.
+        let command = Command::DescribeVm {
+            name: name.to_owned(),
+            of: Some(DefinitionDigest::of(&before.definition)),
+            definition,
+            memory: needs.memory,
+            volumes: needs.volumes,
+        };
+        match api.decide(command).await {
+            Ok(Ok(_)) => return Ok((before.clone(), now)),
+            // It was changed meanwhile: what is changed now is changed in that.
+            Ok(Err(Refused::Overtaken { .. })) => {}
+            Ok(Err(refused)) => return Err(refused.into()),
+            // It may have been done all the same.
+            Err(failure) => {
+                let (view, confirmed) = api.view().await;
+                let is = find(&view.state, name)?;
+                return match confirmed && DefinitionDigest::of(&is.spec.definition) == now {
+                    true => Ok((before.clone(), now)),
+                    false => Err(failure),
+                };
+            }
+        }
+    }
+    Err(conflict(format!("VM {name} is changed all the time: try again")))
+}
+
+/// The same failure, with what follows from it.
+fn and(failure: Failure, what: String) -> Failure {
+    Failure(failure.0, format!("{}; {what}", failure.1))
+}
+
+fn unknown(why: String) -> Failure {
+    Failure(StatusCode::SERVICE_UNAVAILABLE, why)
 }
 
 /// One VM: where it belongs, what it is, and what its process does.
@@ -78,12 +128,15 @@ pub(super) async fn vm(State(api): State<Api>, Path(name): Path<String>) -> Resu
     let (view, _) = api.view().await;
     let state = &view.state;
     let vm = find(state, &name)?;
-    let said = show::said(&api, state).await;
-    let summary = show::vms(state, &said).into_iter().find(|vm| vm.name == name);
-    let process = match vm.node {
-        Some(node) => api.ask(state, node, act(&name, VmAct::Status)).await,
-        None => Ok(serde_json::Value::Null),
+    let process = async {
+        match vm.node {
+            Some(node) => api.ask(state, node, act(&name, VmAct::Status)).await,
+            None => Ok(serde_json::Value::Null),
+        }
     };
+    let (said, process) = tokio::join!(show::said(&api, state), process);
+    let mut vms = show::vms(state, Some(&said)).into_iter();
+    let summary = vms.find(|vm| vm.name == name);
     Ok(Json(VmDetail {
         summary: summary.unwrap_or_default(),
         definition: serde_json::from_str(&vm.spec.definition).unwrap_or_default(),
@@ -97,11 +150,15 @@ pub(super) async fn vm(State(api): State<Api>, Path(name): Path<String>) -> Resu
 pub(super) async fn kill_vm(State(api): State<Api>, Path(name): Path<String>) -> Done {
     let (view, _) = api.view().await;
     let node = find(&view.state, &name)?.node;
-    // First, or it would be started again.
-    let stopped = stop_vm(State(api.clone()), Path(name.clone())).await?;
+    // First, or it would be started again. One that is on its way is ended by this as soon as it is there.
+    let stopped = run_not(&api, name.clone(), Some(0)).await?;
     if let Some(node) = node {
         let killed = api.ask(&view.state, node, act(&name, VmAct::Kill)).await;
-        killed.map_err(conflict)?;
+        killed.map_err(|why| {
+            unknown(format!(
+                "{why}; VM {name} ends as soon as its node hears that it is to"
+            ))
+        })?;
     }
     Ok(stopped)
 }
@@ -142,11 +199,42 @@ pub(super) async fn swap_vm(
             return Err(conflict(format!("VM {name} is on node {node}, where {why}")));
         }
     }
-    amend(&api, &name, &VmChange::Vmm(to)).await?;
-    if node.is_some() {
-        on_its_node(&api, &name, VmAct::Stop { seconds }).await?;
+    if process(&api, &name).await?["vmm"] == to.as_str() {
+        // There is nothing to shut it down for.
+        amend(&api, &name, &VmChange::Vmm(to)).await?;
+        return Ok(StatusCode::NO_CONTENT);
     }
-    Ok(StatusCode::NO_CONTENT)
+    let (before, now) = amend(&api, &name, &VmChange::Vmm(to.clone())).await?;
+    if node.is_none() {
+        return Ok(StatusCode::NO_CONTENT);
+    }
+    let Err(failure) = on_its_node(&api, &name, VmAct::Stop { seconds }).await else {
+        return Ok(StatusCode::NO_CONTENT);
+    };
+    match process(&api, &name).await {
+        // It goes on under the one of before, and is to be that after its next start too.
+        Ok(process) if process.is_object() && process["vmm"] != to.as_str() => {
+            let undone = Command::DescribeVm {
+                name: name.clone(),
+                of: Some(now),
+                definition: before.definition,
+                memory: before.memory,
+                volumes: before.volumes,
+            };
+            match api.propose(undone).await {
+                Ok(_) => Err(failure),
+                Err(why) => Err(and(
+                    failure,
+                    format!("at its next start it will be under {to}: {}", why.1),
+                )),
+            }
+        }
+        Ok(_) => Ok(StatusCode::NO_CONTENT),
+        Err(_) => Err(and(
+            failure,
+            format!("under {to} at its next start; `unibody vm status {name}` says whether it is by now"),
+        )),
+    }
 }
 
 /// Gives a VM another volume, at once if it runs, and for all its starts.
@@ -156,26 +244,47 @@ pub(super) async fn add_volume(
     Path(name): Path<String>,
     Given(volume): Given<VmVolume>,
 ) -> Done {
-    let (view, _) = api.view().await;
-    let node = runs(&api, &view.state, &name).await?;
-    // From then on the volume belongs where the VM is.
+    // From then on the volume belongs where the VM is, and every start that begins has it.
     amend(&api, &name, &VmChange::AddVolume(volume.clone())).await?;
-    let Some(node) = node else {
+    let Err(failure) = follow(&api, &name, &VmAct::AddVolume(volume.clone())).await else {
         return Ok(StatusCode::NO_CONTENT);
     };
-    let added = async {
-        let on = OnNode {
-            node: Some(node.to_string()),
-        };
-        let _served = attach_volume(State(api.clone()), Path(volume.volume.clone()), Given(on)).await?;
-        on_its_node(&api, &name, VmAct::AddVolume(volume.clone())).await
-    };
-    if let Err(failure) = added.await {
-        // As before, or a VM that could not take it would not start with it either.
-        amend(&api, &name, &VmChange::RemoveVolume(volume.volume)).await?;
-        return Err(failure);
+    let volume = volume.volume;
+    // Whether it was done is to be seen before anything is undone: the answer may be what was lost.
+    match process(&api, &name).await {
+        Ok(process) if has(&process, &volume) => Ok(StatusCode::NO_CONTENT),
+        Ok(_) => {
+            // As before, or a VM that could not take it would not start with it either. It may be taking it just now.
+            let undone = async {
+                amend(&api, &name, &VmChange::RemoveVolume(volume.clone())).await?;
+                let off = VmAct::RemoveVolume {
+                    volume: volume.clone(),
+                    seconds: 10,
+                };
+                follow(&api, &name, &off).await
+            };
+            match undone.await {
+                Ok(()) => Err(failure),
+                Err(why) => Err(and(
+                    failure,
+                    format!("nor could it be undone ({}): remove volume {volume} again", why.1),
+                )),
+            }
+        }
+        Err(_) => Err(Failure(
+            StatusCode::SERVICE_UNAVAILABLE,
+            format!(
+                "{}; VM {name} has volume {volume} at its next start, and `unibody vm status {name}` says whether it has it now",
+                failure.1
+            ),
+        )),
     }
-    Ok(StatusCode::NO_CONTENT)
+}
+
+/// Whether a process has a volume.
+fn has(process: &serde_json::Value, volume: &str) -> bool {
+    let mut volumes = process["volumes"].as_array().into_iter().flatten();
+    volumes.any(|has| has == volume)
 }
 
 /// Takes a volume from a VM, once its guest has let go of it if it runs, and for all its starts.
@@ -193,12 +302,14 @@ pub(super) async fn remove_volume(
             format!("VM {name} has no volume {volume}"),
         ));
     }
-    if runs(&api, &view.state, &name).await?.is_some() {
-        let off = VmAct::RemoveVolume {
-            volume: volume.clone(),
-            seconds,
-        };
-        on_its_node(&api, &name, off).await?;
-    }
-    amend(&api, &name, &VmChange::RemoveVolume(volume)).await
+    let off = VmAct::RemoveVolume {
+        volume: volume.clone(),
+        seconds,
+    };
+    // The volume is the VM's until its guest has let go of it.
+    follow(&api, &name, &off).await?;
+    amend(&api, &name, &VmChange::RemoveVolume(volume)).await?;
+    // It may have been started meanwhile, as it was before.
+    follow(&api, &name, &off).await?;
+    Ok(StatusCode::NO_CONTENT)
 }

@@ -38,7 +38,7 @@ use hyper_util::service::TowerToHyperService;
 use tokio::sync::Semaphore;
 use utoipa::OpenApi;
 
-use crate::cluster::vms::VmHost;
+use crate::cluster::vms::{VmAct, VmHost};
 use crate::cluster::{Agent, AgentHandle, LocalAnswer, LocalRequest};
 use crate::planner::PlanError;
 use crate::raft::{Cluster, ProposeError, View};
@@ -183,6 +183,7 @@ pub fn fuzz_body(bytes: &[u8]) {
     body::<types::Drain>(bytes);
     body::<types::Swap>(bytes);
     body::<types::VolumeOff>(bytes);
+    body::<types::VmStop>(bytes);
     body::<crate::cluster::vms::VmVolume>(bytes);
     body::<LocalRequest>(bytes);
 }
@@ -329,13 +330,19 @@ impl Api {
     /// Has a node do something that only it can do.
     async fn ask(&self, state: &Control, node: NodeId, request: LocalRequest) -> LocalAnswer {
         let patience = match request {
-            LocalRequest::Status => SAY,
+            LocalRequest::Status
+            | LocalRequest::Vm {
+                act: VmAct::Status, ..
+            } => SAY,
             _ => DO + request.patience(),
         };
         if node == self.0.me {
-            if matches!(request, LocalRequest::Vm { .. }) {
+            if let LocalRequest::Vm { act, .. } = &request {
                 // What a VM is may have been changed just before this, and it may be started anew right after.
-                self.view().await;
+                let (_, confirmed) = self.view().await;
+                if act.is_of_the_newest() && !confirmed {
+                    return Err("no majority of the nodes answers: try again when one does".into());
+                }
             }
             let answer = tokio::time::timeout(patience, self.0.agent.ask(request)).await;
             return answer.unwrap_or_else(|_| Err("the node is busy".into()));

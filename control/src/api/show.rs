@@ -40,7 +40,7 @@ pub(super) async fn status(State(api): State<Api>) -> Json<ClusterStatus> {
         nodes: nodes(state, &raft, &said),
         disks: with_stuck(state, disks(state, &said)),
         volumes: volumes(state, &said),
-        vms: vms(state, &said),
+        vms: vms(state, Some(&said)),
     })
 }
 
@@ -177,16 +177,20 @@ fn recorded(name: &str, volume: &Volume) -> VolumeStatus {
     }
 }
 
-pub(super) fn vms(state: &Control, said: &Said) -> Vec<VmSummary> {
+/// `said`: what the nodes say; without it, as the state has them.
+pub(super) fn vms(state: &Control, said: Option<&Said>) -> Vec<VmSummary> {
     let summary = |(name, vm): (&String, &Vm)| {
-        let runs = vm.node.and_then(|node| said.get(&node));
-        let runs = runs.is_some_and(|node| node.vms.contains(name));
+        let runs = match (vm.node, said) {
+            (Some(node), Some(said)) => said.get(&node).map(|node| node.vms.contains(name)),
+            _ => Some(false),
+        };
         let phase = match (vm.spec.run, vm.node, runs) {
             (true, None, _) => "waiting",
-            (true, Some(_), true) => "running",
-            (true, Some(_), false) => "starting",
-            (false, Some(_), _) => "stopping",
             (false, None, _) => "stopped",
+            (_, Some(_), None) => "unknown",
+            (true, Some(_), Some(true)) => "running",
+            (true, Some(_), Some(false)) => "starting",
+            (false, Some(_), Some(_)) => "stopping",
         };
         VmSummary {
             name: name.clone(),
@@ -214,7 +218,7 @@ impl Seen {
         let nodes = nodes(state, raft, &said).into_iter();
         let disks = disks(state, &said).into_iter();
         let volumes = volumes(state, &said).into_iter();
-        let vms = vms(state, &said).into_iter();
+        let vms = vms(state, None).into_iter();
         Seen {
             nodes: nodes.map(|node| (node.name.clone(), node)).collect(),
             disks: disks.map(|disk| (disk.disk.uuid.clone(), disk)).collect(),

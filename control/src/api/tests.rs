@@ -1,202 +1,18 @@
 //! Tests of the API: a whole node, and what its users see over HTTP.
 
+mod machines;
 mod metrics;
+mod node;
+mod shelf;
 
 use std::io::{BufRead, BufReader};
-use std::path::PathBuf;
-use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
 use super::*;
-use crate::cluster::vms::{VmAct, VmChange, VmNeeds};
-use crate::cluster::{AgentError, NodeConfig, NodeSetup};
-use crate::raft::Start;
 use crate::state::ReplicaState;
-
-/// VMs that run nowhere: what is started runs until it is stopped. A definition is `NAME MEMORY VOLUME...`.
-#[derive(Default)]
-struct Shelf(std::sync::Mutex<Vec<String>>);
-
-impl VmHost for Shelf {
-    fn check(&self, text: &str) -> Result<(VmNeeds, String), String> {
-        let mut words = text.split(' ').map(str::to_owned);
-        let (name, memory) = (words.next(), words.next());
-        let (Some(name), Some(Ok(memory))) = (name, memory.map(|memory| memory.parse())) else {
-            return Err("that is no VM".into());
-        };
-        let volumes: Vec<String> = words.collect();
-        let definition = json!({ "name": name, "memory": memory, "volumes": volumes }).to_string();
-        let needs = VmNeeds {
-            name,
-            memory,
-            volumes,
-        };
-        Ok((needs, definition))
-    }
-
-    fn start(&self, definition: &str, volumes: &[(String, PathBuf)]) -> Result<(), String> {
-        assert!(volumes.iter().all(|(_, socket)| socket.exists()));
-        let definition: Value = serde_json::from_str(definition).unwrap();
-        let name = definition["name"].as_str().unwrap();
-        self.0.lock().unwrap().push(name.to_owned());
-        Ok(())
-    }
-
-    fn stop(&self, name: &str, _: Duration) -> Result<(), String> {
-        self.0.lock().unwrap().retain(|other| other != name);
-        Ok(())
-    }
-
-    fn amend(&self, definition: &str, change: &VmChange) -> Result<(VmNeeds, String), String> {
-        let mut definition: Value = serde_json::from_str(definition).unwrap();
-        let volumes = definition["volumes"].as_array_mut().unwrap();
-        match change {
-            VmChange::AddVolume(volume) => volumes.push(json!(volume.volume)),
-            VmChange::RemoveVolume(name) => volumes.retain(|volume| volume != name),
-            VmChange::Vmm(name) => definition["vmm"] = json!(name),
-        }
-        let needs = VmNeeds {
-            name: definition["name"].as_str().unwrap().to_owned(),
-            memory: definition["memory"].as_u64().unwrap(),
-            volumes: serde_json::from_value(definition["volumes"].clone()).unwrap(),
-        };
-        Ok((needs, definition.to_string()))
-    }
-
-    /// Refuses what is called `stubborn`; what is done is a word in the list of what runs.
-    fn act(&self, name: &str, act: &VmAct, socket: Option<&std::path::Path>) -> Result<Value, String> {
-        if !self.running()?.iter().any(|runs| runs == name) {
-            return Ok(Value::Null);
-        }
-        match act {
-            VmAct::Kill | VmAct::Stop { .. } => self.stop(name, Duration::ZERO)?,
-            VmAct::AddVolume(volume) if volume.readonly => return Err("the guest is stubborn".into()),
-            VmAct::AddVolume(_) => assert!(socket.is_some_and(std::path::Path::exists)),
-            _ => {}
-        }
-        Ok(json!({ "vmm": "shelf" }))
-    }
-
-    fn vmms(&self) -> Value {
-        json!([{ "vmm": "shelf" }, { "vmm": "broken", "error": "it is broken" }])
-    }
-
-    fn running(&self) -> Result<Vec<String>, String> {
-        Ok(self.0.lock().unwrap().clone())
-    }
-}
-
-/// A node by itself that is a whole cluster.
-struct Node {
-    _dir: tempfile::TempDir,
-    address: String,
-    token: String,
-    handle: AgentHandle,
-    cluster: Arc<Cluster>,
-    running: Option<JoinHandle<Result<(), AgentError>>>,
-}
-
-impl Node {
-    fn start() -> Self {
-        let dir = tempfile::tempdir().unwrap();
-        let address = {
-            let free = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
-            free.local_addr().unwrap().to_string()
-        };
-        let setup = NodeSetup {
-            name: "n1".into(),
-            listen: address.clone(),
-            address: address.clone(),
-            domain: None,
-            memory: 1 << 30,
-            cores: vec![0],
-            cache_bytes: 1 << 20,
-            disks: vec!["mem:256M,domain=a".into(), "mem:256M,domain=b".into()],
-            faults: false,
-            out_after: Duration::from_secs(600),
-        };
-        let config = NodeConfig::make(dir.path(), setup, None).unwrap();
-        let token = config.api_token();
-        let host = Arc::new(Shelf::default());
-        let mut agent = Agent::start(dir.path(), config, &Start::Init, host.clone()).unwrap();
-        serve(&mut agent, host);
-        let node = Node {
-            _dir: dir,
-            address,
-            token,
-            handle: agent.handle(),
-            cluster: agent.cluster(),
-            running: Some(std::thread::spawn(move || agent.run())),
-        };
-        node.wait("its disks are in service", |status| {
-            let disks = status["disks"].as_array().unwrap();
-            disks.len() == 2 && disks.iter().all(|disk| disk["state"] == "online")
-        });
-        node
-    }
-
-    fn ask(&self, method: &str, path: &str, token: &str, body: Option<&str>) -> (u16, String) {
-        let agent: ureq::Agent = ureq::Agent::config_builder()
-            .http_status_as_error(false)
-            .proxy(None)
-            .build()
-            .into();
-        let request = ureq::http::Request::builder()
-            .method(method)
-            .uri(format!("http://{}{path}", self.address))
-            .header("authorization", format!("Bearer {token}"))
-            .header("content-type", "application/json");
-        let mut answer = match body {
-            Some(body) => agent.run(request.body(body.to_owned()).unwrap()),
-            None => agent.run(request.body(()).unwrap()),
-        }
-        .unwrap();
-        (
-            answer.status().as_u16(),
-            answer.body_mut().read_to_string().unwrap(),
-        )
-    }
-
-    fn get(&self, path: &str) -> Value {
-        let (status, body) = self.ask("GET", path, &self.token, None);
-        assert_eq!(status, 200, "{body}");
-        serde_json::from_str(&body).unwrap()
-    }
-
-    fn send(&self, method: &str, path: &str, body: &Value) -> (u16, Value) {
-        let (status, body) = self.ask(method, path, &self.token, Some(&body.to_string()));
-        (status, serde_json::from_str(&body).unwrap_or(Value::Null))
-    }
-
-    fn done(&self, method: &str, path: &str, body: &Value) {
-        let answer = self.send(method, path, body);
-        assert!((200..300).contains(&answer.0), "{method} {path}: {answer:?}");
-    }
-
-    fn wait(&self, what: &str, is_so: impl Fn(&Value) -> bool) {
-        let end = Instant::now() + Duration::from_secs(30);
-        loop {
-            let status = self.get("/v1/status");
-            if is_so(&status) {
-                return;
-            }
-            assert!(Instant::now() < end, "not within 30 s: {what}: {status}");
-            std::thread::sleep(Duration::from_millis(20));
-        }
-    }
-}
-
-impl Drop for Node {
-    fn drop(&mut self) {
-        self.handle.stop();
-        let ended = self.running.take().unwrap().join();
-        if !std::thread::panicking() {
-            ended.unwrap().unwrap();
-        }
-    }
-}
+use node::Node;
 
 #[test]
 fn without_the_token_nothing_is_told_and_nothing_done() {
@@ -455,34 +271,6 @@ fn a_disk_with_the_only_copies_is_given_up_only_if_that_is_asked_for() {
     });
 }
 
-/// What is changed between the question and the answer stays changed.
-#[test]
-fn starting_and_stopping_a_vm_changes_nothing_else() {
-    let node = Node::start();
-    let define = |memory: u64| {
-        let definition = json!({ "definition": format!("m {memory}") });
-        node.done("PUT", "/v1/vms/m", &definition);
-    };
-    define(1 << 29);
-    node.done("POST", "/v1/vms/m/start", &json!({}));
-    let running = |status: &Value| status["vms"][0]["state"] == "running";
-    node.wait("it runs", running);
-    // It has what it was started with until it is placed anew.
-    define(1 << 20);
-    let free = |node: &Node| node.get("/v1/status")["nodes"][0]["memory_free"].clone();
-    assert_eq!(free(&node), json!(1 << 29));
-    assert!(
-        node.cluster.view().state.vms["m"].spec.run,
-        "to define it does not stop it"
-    );
-    node.done("POST", "/v1/vms/m/stop", &json!({}));
-    node.wait("it is stopped", |status| status["vms"][0]["state"] == "stopped");
-    assert_eq!(node.cluster.view().state.vms["m"].spec.memory, 1 << 20);
-    node.done("POST", "/v1/vms/m/start", &json!({}));
-    node.wait("it runs again", running);
-    assert_eq!(free(&node), json!((1 << 30) - (1 << 20)));
-}
-
 /// The state may name an owner that has not heard of it: whoever asks it to let the volume go asks again.
 #[test]
 fn a_node_says_whether_it_has_a_volume_to_let_go() {
@@ -490,90 +278,6 @@ fn a_node_says_whether_it_has_a_volume_to_let_go() {
     let let_go = json!({ "command": "let-go", "volume": "v", "to": null });
     let answer = node.send("POST", "/v1/nodes/n1/command", &let_go);
     assert_eq!(answer, (200, json!(false)));
-}
-
-#[test]
-fn a_vm_runs_until_it_is_stopped() {
-    let node = Node::start();
-    node.done("POST", "/v1/volumes", &json!({ "name": "root", "size": 8 << 20 }));
-    node.done("PUT", "/v1/vms/m", &json!({ "definition": "m 1000000 root" }));
-    let is = |state: &'static str| move |status: &Value| status["vms"][0]["state"] == state;
-    node.wait("it is known", is("stopped"));
-    node.done("POST", "/v1/vms/m/start", &json!({ "node": "n1" }));
-    node.wait("it runs", is("running"));
-    assert_eq!(node.ask("DELETE", "/v1/vms/m", &node.token, None).0, 409);
-    assert_eq!(node.ask("DELETE", "/v1/volumes/root", &node.token, None).0, 409);
-    node.done("POST", "/v1/vms/m/stop", &json!({}));
-    node.wait("it is stopped", is("stopped"));
-    assert_eq!(node.ask("DELETE", "/v1/vms/m", &node.token, None).0, 204);
-    let huge = format!("big {} root", 2u64 << 30);
-    node.done("PUT", "/v1/vms/big", &json!({ "definition": huge }));
-    assert_eq!(
-        node.send("POST", "/v1/vms/big/start", &json!({ "node": "n1" })).0,
-        409
-    );
-    node.done("POST", "/v1/vms/big/start", &json!({}));
-    node.wait("it has no room", is("waiting"));
-}
-
-#[test]
-fn what_is_done_to_a_running_vm_is_kept_in_what_it_is() {
-    let node = Node::start();
-    for name in ["root", "data"] {
-        node.done("POST", "/v1/volumes", &json!({ "name": name, "size": 8 << 20 }));
-    }
-    node.done("PUT", "/v1/vms/m", &json!({ "definition": "m 1000000 root" }));
-    assert_eq!(
-        node.send("POST", "/v1/vms/m/pause", &json!({})).0,
-        409,
-        "it does not run"
-    );
-    node.done("POST", "/v1/vms/m/start", &json!({}));
-    node.wait("it runs", |status| status["vms"][0]["state"] == "running");
-    node.done("POST", "/v1/vms/m/pause", &json!({}));
-    node.done("POST", "/v1/vms/m/resume", &json!({}));
-
-    let volumes = || node.get("/v1/vms/m")["definition"]["volumes"].clone();
-    let refused = json!({ "volume": "data", "readonly": true });
-    let (status, problem) = node.send("POST", "/v1/vms/m/volumes", &refused);
-    assert_eq!(
-        (status, &problem["error"]),
-        (409, &json!("the guest is stubborn"))
-    );
-    assert_eq!(
-        volumes(),
-        json!(["root"]),
-        "what it did not take it does not get at its next start"
-    );
-    node.done("POST", "/v1/vms/m/volumes", &json!({ "volume": "data" }));
-    assert_eq!(volumes(), json!(["root", "data"]));
-    assert_eq!(
-        node.get("/v1/status")["vms"][0]["volumes"],
-        json!(["root", "data"])
-    );
-    node.done("POST", "/v1/vms/m/volumes/remove", &json!({ "volume": "data" }));
-    assert_eq!(volumes(), json!(["root"]));
-    let again = node.send("POST", "/v1/vms/m/volumes/remove", &json!({ "volume": "data" }));
-    assert_eq!(again.0, 404);
-
-    let (status, problem) = node.send("POST", "/v1/vms/m/swap", &json!({ "to": "broken" }));
-    assert!(
-        status == 409 && problem["error"].as_str().unwrap().contains("is broken"),
-        "{problem}"
-    );
-    assert_eq!(
-        node.get("/v1/vms/m")["process"]["vmm"],
-        "shelf",
-        "it was left alone"
-    );
-    node.done("POST", "/v1/vms/m/swap", &json!({ "to": "shelf" }));
-    node.wait("it runs again", |_| node.get("/v1/vms/m")["process"].is_object());
-    assert_eq!(node.get("/v1/vms/m")["definition"]["vmm"], "shelf");
-
-    node.done("POST", "/v1/vms/m/kill", &json!({}));
-    node.wait("it stays ended", |status| status["vms"][0]["state"] == "stopped");
-    assert_eq!(node.get("/v1/vms/m")["process"], json!(null));
-    assert_eq!(node.ask("GET", "/v1/vms/x", &node.token, None).0, 404);
 }
 
 #[test]
@@ -603,18 +307,23 @@ fn what_is_for_a_node_whose_address_leads_here_is_not_passed_on_in_a_circle() {
     assert_eq!((alive("n1"), alive("n2")), (json!(true), json!(false)));
 }
 
+/// As its handlers see it.
+fn api(node: &Node) -> Api {
+    Api(Arc::new(Inner {
+        agent: node.handle.clone(),
+        cluster: Arc::clone(&node.cluster),
+        host: node.shelf.clone(),
+        token: String::new(),
+        me: node.cluster.identity().node,
+    }))
+}
+
 #[test]
 fn a_watcher_hears_something_also_while_nothing_happens() {
     use futures_util::StreamExt;
 
     let node = Node::start();
-    let api = Api(Arc::new(Inner {
-        agent: node.handle.clone(),
-        cluster: Arc::clone(&node.cluster),
-        host: Arc::new(Shelf::default()),
-        token: String::new(),
-        me: node.cluster.identity().node,
-    }));
+    let api = api(&node);
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()

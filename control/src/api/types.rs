@@ -93,7 +93,8 @@ pub struct VmSummary {
     pub memory: u64,
     /// Its volumes.
     pub volumes: Vec<String>,
-    /// `running`, `starting`, `stopping`, `stopped`, or `waiting` when no node has room for it.
+    /// `running`, `starting`, `stopping`, `stopped`, `waiting` when no node has room for it, or `unknown` when its node does not
+    /// answer. The stream of changes has what is to be: `starting` also of one that runs.
     pub state: String,
 }
 
@@ -181,7 +182,8 @@ pub struct VmDetail {
     /// Its definition, as the cluster keeps it: `vmm`, if one was chosen, and `spec`.
     #[schema(value_type = Object)]
     pub definition: serde_json::Value,
-    /// What its node says of its process: `vmm` and `status`; null if it does not run there.
+    /// What its node says of its process: `vmm`, `status` and `volumes`; null if it does not run there, or if the node does not
+    /// answer.
     #[schema(value_type = Option<Object>)]
     pub process: serde_json::Value,
 }
@@ -193,6 +195,15 @@ pub struct Swap {
     /// `cloud-hypervisor` or `qemu`.
     pub to: String,
     /// How long the guest may take to shut down.
+    #[serde(default = "minute")]
+    pub seconds: u64,
+}
+
+/// How a VM is to be stopped.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct VmStop {
+    /// How long the guest may take to shut down before it is killed.
     #[serde(default = "minute")]
     pub seconds: u64,
 }

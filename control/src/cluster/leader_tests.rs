@@ -384,6 +384,7 @@ fn a_vm_that_can_not_run_elsewhere_has_no_place_on_a_node_that_is_gone() {
     let stop = Command::RunVm {
         name: "stopping".into(),
         run: false,
+        seconds: None,
     };
     state.apply(&stop).unwrap();
     let gone = life(&[(1, Life::Gone), (2, Life::Alive), (3, Life::Alive)]);
@@ -399,6 +400,7 @@ fn a_vm_that_can_not_run_elsewhere_has_no_place_on_a_node_that_is_gone() {
     let free = Command::RunVm {
         name: "b".into(),
         run: false,
+        seconds: None,
     };
     large.apply(&free).unwrap();
     let left = Command::PlaceVm {

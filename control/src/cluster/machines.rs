@@ -4,10 +4,14 @@
 //! Invariant: a VM goes on only under the placement it was started for. One that was moved away and back while this process
 //! was not there knows an old state of its volumes, and is ended like any other that was moved. The number of the placement is
 //! in `placed/NAME` in the node's directory, from after the VM's start until before the next one.
+//!
+//! One thing at a time is done with a VM. What users ask of one that is being started or stopped waits until that is over, so it
+//! finds the VM as it is then. What the state wants does not wait for a guest: an act that does is called off for the VM's end.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use super::vms::{VmAct, VmHost};
@@ -15,17 +19,42 @@ use super::volumes::Volumes;
 use super::{Ground, Input, LocalAnswer};
 use crate::state::{Command, NodeId, State};
 
-/// How long a guest may take to shut down.
+/// How long a guest may take to shut down, if nobody said.
 const SHUTDOWN: Duration = Duration::from_secs(60);
 /// How often it is looked what runs.
 const LOOK: Duration = Duration::from_secs(2);
 /// Pauses between attempts to start a VM grow to this.
 const PAUSE_MAX: Duration = Duration::from_secs(30);
+/// Most things that users ask of a VM at a time.
+const ASKED_MAX: usize = 16;
 
-#[derive(Debug, Default)]
+/// What a user asks of a VM, and where the answer goes.
+pub(crate) struct Asked {
+    pub(crate) act: VmAct,
+    pub(crate) reply: tokio::sync::oneshot::Sender<LocalAnswer>,
+}
+
+impl Asked {
+    fn answer(self, answer: LocalAnswer) {
+        // A user who has hung up does not want to know.
+        self.reply.send(answer).ok();
+    }
+}
+
+/// Work on a VM.
+struct Work {
+    /// By then it kills the VM, if its guest has not ended it before.
+    kills: Option<Instant>,
+    /// It need not wait for the guest any longer.
+    off: Arc<AtomicBool>,
+}
+
+#[derive(Default)]
 struct Machine {
-    /// Work on it is under way.
-    busy: bool,
+    /// What is under way.
+    work: Option<Work>,
+    /// What comes after it.
+    asked: VecDeque<Asked>,
     /// Attempts to start it that failed, and when to try again.
     failures: u32,
     not_before: Option<Instant>,
@@ -103,7 +132,8 @@ impl Machines {
     /// Ends all at once: this node is no longer one of the cluster.
     pub(crate) fn end_all(&self) {
         for name in self.host.running().unwrap_or_default() {
-            if let Err(error) = self.host.stop(&name, Duration::ZERO) {
+            let off = AtomicBool::new(false);
+            if let Err(error) = self.host.stop(&name, Duration::ZERO, &off) {
                 eprintln!("unibody: VM {name}: {error}");
             }
         }
@@ -111,7 +141,7 @@ impl Machines {
 
     pub(crate) fn worked(&mut self, name: &str, outcome: Result<(), String>) {
         let machine = self.machines.entry(name.to_owned()).or_default();
-        machine.busy = false;
+        machine.work = None;
         // What runs now is looked at before anything else is done.
         self.running = None;
         self.look_at = None;
@@ -134,7 +164,7 @@ impl Machines {
         };
         for (name, &placement) in &running {
             if let Some(patience) = ends(state, ground.me, name, placement) {
-                self.work(ground, name, move |host, name| host.stop(name, patience));
+                self.end(ground, name, patience);
             }
         }
         for (name, vm) in &state.vms {
@@ -153,7 +183,7 @@ impl Machines {
                 .collect();
             if let Some(sockets) = sockets {
                 let (definition, epoch, dir) = (vm.spec.definition.clone(), vm.epoch, ground.dir.clone());
-                self.work(ground, name, move |host, name| {
+                self.work(ground, name, None, move |host, name, _| {
                     forget_placement(&dir, name)?;
                     host.start(&definition, &sockets)?;
                     record_placement(&dir, name, epoch)
@@ -161,36 +191,63 @@ impl Machines {
             }
         }
         let known = |name: &String| state.vms.contains_key(name) || running.contains_key(name);
-        self.machines.retain(|name, machine| machine.busy || known(name));
+        self.machines
+            .retain(|name, machine| machine.work.is_some() || !machine.asked.is_empty() || known(name));
+        // What the state wants goes first, and what is asked finds it done.
+        let asked = |machine: &Machine| machine.work.is_none() && !machine.asked.is_empty();
+        let ready = self.machines.iter().filter(|(_, machine)| asked(machine));
+        let ready: Vec<String> = ready.map(|(name, _)| name.clone()).collect();
+        for name in ready {
+            self.go_on(ground, volumes, &name);
+        }
     }
 
     /// Does what users ask of a VM, aside; one thing at a time, but for what must not wait.
-    pub(crate) fn act(
-        &mut self,
-        ground: &Ground,
-        name: String,
-        act: VmAct,
-        socket: Option<PathBuf>,
-        reply: tokio::sync::oneshot::Sender<LocalAnswer>,
-    ) {
-        let any_time = act.is_for_any_time();
-        if !any_time {
-            let machine = self.machines.entry(name.clone()).or_default();
-            if std::mem::replace(&mut machine.busy, true) {
-                let why = format!("VM {name} is being started or stopped: try again");
-                // A user who has hung up does not want to know, here and below.
-                reply.send(Err(why)).ok();
-                return;
-            }
+    pub(crate) fn act(&mut self, ground: &Ground, volumes: &Volumes, name: &str, asked: Asked) {
+        if asked.act.is_for_any_time() {
+            let (host, name) = (Arc::clone(&self.host), name.to_owned());
+            ground.aside("vm", move || {
+                let answer = host.act(&name, &asked.act, None, &AtomicBool::new(false));
+                asked.answer(answer);
+                Input::Changed
+            });
+            return;
         }
-        let (host, inputs) = (Arc::clone(&self.host), ground.inputs.clone());
+        let machine = self.machines.entry(name.to_owned()).or_default();
+        if machine.asked.len() >= ASKED_MAX {
+            let why = format!("too much is asked of VM {name} at once: try again later");
+            return asked.answer(Err(why));
+        }
+        machine.asked.push_back(asked);
+        if machine.work.is_none() {
+            self.go_on(ground, volumes, name);
+        }
+    }
+
+    /// Begins what is asked next.
+    fn go_on(&mut self, ground: &Ground, volumes: &Volumes, name: &str) {
+        let machine = self.machines.entry(name.to_owned()).or_default();
+        // Whoever has hung up takes it for not done.
+        machine.asked.retain(|asked| !asked.reply.is_closed());
+        let Some(asked) = machine.asked.pop_front() else {
+            return;
+        };
+        let socket = match &asked.act {
+            VmAct::AddVolume(volume) => volumes.socket(&ground.dir, &volume.volume),
+            _ => None,
+        };
+        let off = Arc::new(AtomicBool::new(false));
+        let stops = matches!(asked.act, VmAct::Stop { .. });
+        machine.work = Some(Work {
+            kills: stops.then(|| Instant::now() + asked.act.patience()),
+            off: Arc::clone(&off),
+        });
+        let (host, inputs, name) = (Arc::clone(&self.host), ground.inputs.clone(), name.to_owned());
         ground.aside("vm", move || {
-            let answer = host.act(&name, &act, socket.as_deref());
-            if !any_time {
-                // Before the user knows: what is asked next must not find this under way.
-                inputs.send(Input::Machine(name, Ok(()))).ok();
-            }
-            reply.send(answer).ok();
+            let answer = host.act(&name, &asked.act, socket.as_deref(), &off);
+            // Before the user knows: what is asked next must not find this under way.
+            inputs.send(Input::Machine(name, Ok(()))).ok();
+            asked.answer(answer);
             Input::Changed
         });
     }
@@ -207,10 +264,13 @@ impl Machines {
     /// A VM that was to end has ended: its place is free.
     fn leave(&mut self, ground: &Ground, name: &str, epoch: u32) {
         let machine = self.machines.entry(name.to_owned()).or_default();
-        if machine.busy {
+        if machine.work.is_some() {
             return;
         }
-        machine.busy = true;
+        machine.work = Some(Work {
+            kills: None,
+            off: Arc::default(),
+        });
         let command = Command::PlaceVm {
             name: name.to_owned(),
             node: None,
@@ -221,21 +281,41 @@ impl Machines {
         ground.propose(command, move |_| Input::Machine(name, Ok(())));
     }
 
+    /// Ends a VM. What its guest is asked meanwhile, and a slower end, are called off for it.
+    fn end(&mut self, ground: &Ground, name: &str, patience: Duration) {
+        let kills = Instant::now() + patience;
+        let machine = self.machines.entry(name.to_owned()).or_default();
+        match &machine.work {
+            Some(work) if work.kills.is_none_or(|at| at > kills) => work.off.store(true, Ordering::Relaxed),
+            Some(_) => {}
+            None => self.work(ground, name, Some(kills), move |host, name, off| {
+                host.stop(name, patience, off)
+            }),
+        }
+    }
+
     fn work(
         &mut self,
         ground: &Ground,
         name: &str,
-        work: impl FnOnce(&dyn VmHost, &str) -> Result<(), String> + Send + 'static,
+        kills: Option<Instant>,
+        work: impl FnOnce(&dyn VmHost, &str, &AtomicBool) -> Result<(), String> + Send + 'static,
     ) {
         let machine = self.machines.entry(name.to_owned()).or_default();
-        if machine.busy || machine.not_before.is_some_and(|at| Instant::now() < at) {
+        if machine.work.is_some() || machine.not_before.is_some_and(|at| Instant::now() < at) {
             return;
         }
-        machine.busy = true;
+        let off = Arc::new(AtomicBool::new(false));
+        machine.work = Some(Work {
+            kills,
+            off: Arc::clone(&off),
+        });
         let (host, name) = (Arc::clone(&self.host), name.to_owned());
         ground.aside("vm", move || {
-            let outcome = work(&*host, &name);
-            Input::Machine(name, outcome)
+            let outcome = work(&*host, &name, &off);
+            // What was called off has not failed: what it was called off for need not wait.
+            let called_off = off.load(Ordering::Relaxed);
+            Input::Machine(name, if called_off { Ok(()) } else { outcome })
         });
     }
 }
@@ -249,7 +329,11 @@ fn ends(state: &State, me: NodeId, name: &str, placement: Option<u32>) -> Option
     match placed {
         // One that was moved is ended at once: its volumes had another owner, and it can only fail.
         None => Some(Duration::ZERO),
-        Some(vm) => (!vm.spec.run || leaves(state, me, vm.spec.memory)).then_some(SHUTDOWN),
+        Some(vm) if !vm.spec.run => {
+            let seconds = vm.seconds.map(|seconds| Duration::from_secs(seconds.into()));
+            Some(seconds.unwrap_or(SHUTDOWN))
+        }
+        Some(vm) => leaves(state, me, vm.spec.memory).then_some(SHUTDOWN),
     }
 }
 
@@ -359,13 +443,19 @@ mod tests {
         state.apply(&drain(B, true)).unwrap();
         assert_eq!(ends(&state, A, "m", placement), None, "it has nowhere to go");
         state.apply(&drain(A, false)).unwrap();
-        let vm = VmSpec {
-            run: false,
-            ..state.vms["m"].spec.clone()
+        let mut stop = |seconds| {
+            let name = "m".to_owned();
+            let run = false;
+            state.apply(&Command::RunVm { name, run, seconds }).unwrap();
+            ends(&state, A, "m", placement)
         };
-        let name = "m".to_owned();
-        state.apply(&Command::UpdateVm { name, vm }).unwrap();
-        assert_eq!(ends(&state, A, "m", placement), Some(SHUTDOWN));
+        assert_eq!(stop(None), Some(SHUTDOWN));
+        assert_eq!(
+            stop(Some(300)),
+            Some(Duration::from_secs(300)),
+            "as long as was asked for"
+        );
+        assert_eq!(stop(Some(0)), Some(Duration::ZERO), "at once");
     }
 
     #[test]
@@ -390,7 +480,7 @@ mod tests {
             Ok(())
         }
 
-        fn stop(&self, _: &str, _: Duration) -> Result<(), String> {
+        fn stop(&self, _: &str, _: Duration, _: &AtomicBool) -> Result<(), String> {
             Ok(())
         }
 
@@ -402,7 +492,13 @@ mod tests {
             Err("there is none".into())
         }
 
-        fn act(&self, _: &str, _: &VmAct, _: Option<&Path>) -> Result<serde_json::Value, String> {
+        fn act(
+            &self,
+            _: &str,
+            _: &VmAct,
+            _: Option<&Path>,
+            _: &AtomicBool,
+        ) -> Result<serde_json::Value, String> {
             Err("there is none".into())
         }
 

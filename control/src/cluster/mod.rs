@@ -51,7 +51,7 @@ use disks::Disks;
 use door::Inside;
 pub use leader::Life;
 pub use leaving::{disks as disk_duties, goes};
-use machines::Machines;
+use machines::{Asked, Machines};
 use peers::Peers;
 use proposer::Proposer;
 use vms::{VmAct, VmHost};
@@ -458,11 +458,8 @@ impl Agent {
             Input::Machine(name, outcome) => self.machines.worked(&name, outcome),
             Input::Machines(running) => self.machines.found(running),
             Input::Request(LocalRequest::Vm { name, act }, reply) => {
-                let socket = match &act {
-                    VmAct::AddVolume(volume) => self.volumes.socket(&self.ground.dir, &volume.volume),
-                    _ => None,
-                };
-                self.machines.act(&self.ground, name, act, socket, reply);
+                self.machines
+                    .act(&self.ground, &self.volumes, &name, Asked { act, reply });
             }
             Input::Request(LocalRequest::Vmms, reply) => self.machines.vmms(&self.ground, reply),
             Input::Request(request, reply) => {

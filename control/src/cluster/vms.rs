@@ -1,12 +1,13 @@
 //! The VMs that belong on this node: started when their volumes are served here, ended when they belong elsewhere.
 //!
 //! What runs a VM is given from outside ([`VmHost`]), since the control plane knows no VMM. Everything it does may take long
-//! and happens on threads of its own, one at a time for each VM.
+//! and happens on threads of its own, one at a time for each VM; what only waits for a guest can be called off.
 //!
 //! What makes a VM that was moved harmless is not that it is ended here, which may come late, but that its volumes have
 //! another owner: every write of the old one is refused by the replicas.
 
 use std::path::{Path, PathBuf};
+use std::sync::atomic::AtomicBool;
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
@@ -32,13 +33,9 @@ pub struct VmVolume {
     /// The guest may only read.
     #[serde(default)]
     pub readonly: bool,
-    /// Request queues.
-    #[serde(default = "one")]
-    pub queues: u16,
-}
-
-fn one() -> u16 {
-    1
+    /// Request queues; absent: as many as the most that another volume of the VM has.
+    #[serde(default)]
+    pub queues: Option<u16>,
 }
 
 /// A change of a definition.
@@ -69,9 +66,9 @@ pub enum VmAct {
     Pause,
     /// Let them run again.
     Resume,
-    /// Give it a volume that is served on its node.
+    /// Give it a volume that is served on its node, unless it has it or does not run: then it has it from its next start.
     AddVolume(VmVolume),
-    /// Take a volume from it, if it has it.
+    /// Take a volume from it, if it runs and has it.
     RemoveVolume {
         /// The volume.
         volume: String,
@@ -87,6 +84,14 @@ impl VmAct {
     /// It neither changes what another act relies on, nor may it wait for one: a VM that does not end can be killed.
     pub(crate) fn is_for_any_time(&self) -> bool {
         matches!(self, VmAct::Status | VmAct::Kill)
+    }
+
+    /// Whether the VM is to be what the newest state says when this has been done: a start that comes later must know that state.
+    pub(crate) fn is_of_the_newest(&self) -> bool {
+        matches!(
+            self,
+            VmAct::AddVolume(_) | VmAct::RemoveVolume { .. } | VmAct::Stop { .. }
+        )
     }
 
     /// How long the guest may take: no longer than an hour, whatever was asked for.
@@ -113,11 +118,12 @@ pub trait VmHost: Send + Sync {
     /// When it does not run afterwards, and why.
     fn start(&self, definition: &str, volumes: &[(String, PathBuf)]) -> Result<(), String>;
 
-    /// Ends a VM: asks the guest to, and kills it if it has not within `patience`. Succeeds if it does not run.
+    /// Ends a VM: asks the guest to, and kills it if it has not within `patience`. Succeeds if it does not run. Once `off` is
+    /// set it waits no longer, and leaves the guest as it is.
     ///
     /// # Errors
     /// When it still runs.
-    fn stop(&self, name: &str, patience: Duration) -> Result<(), String>;
+    fn stop(&self, name: &str, patience: Duration, off: &AtomicBool) -> Result<(), String>;
 
     /// The definition of before with a change, as [`VmHost::check`] gives it.
     ///
@@ -125,11 +131,18 @@ pub trait VmHost: Send + Sync {
     /// When the change makes no sense; why.
     fn amend(&self, definition: &str, change: &VmChange) -> Result<(VmNeeds, String), String>;
 
-    /// Does something to a VM that runs; `socket` is where a volume to be added is served.
+    /// Does something to a VM that runs; `socket` is where a volume to be added is served. Once `off` is set it waits for the
+    /// guest no longer. The status has the names of the VM's `volumes`.
     ///
     /// # Errors
     /// When it was not done; why, and what to do.
-    fn act(&self, name: &str, act: &VmAct, socket: Option<&Path>) -> Result<serde_json::Value, String>;
+    fn act(
+        &self,
+        name: &str,
+        act: &VmAct,
+        socket: Option<&Path>,
+        off: &AtomicBool,
+    ) -> Result<serde_json::Value, String>;
 
     /// Which VMMs there are on this machine, and of those that can not be used, why.
     fn vmms(&self) -> serde_json::Value;

@@ -9,7 +9,7 @@ use super::machine::*;
 use super::store::{decode_entry, encode_entry};
 use super::*;
 use crate::envelope::Unreadable;
-use crate::state::{Command, State, VmSpec};
+use crate::state::{Command, DefinitionDigest, State, VmSpec};
 
 const TERM: u64 = 3;
 
@@ -39,6 +39,30 @@ fn propose(config: u32, change: Change) -> Command {
 
 /// Every command there is, in an order in which nearly all succeed.
 fn all_commands() -> Vec<Command> {
+    let mut commands = commands_of_format_3();
+    let last = commands.len() - 1;
+    let describe = |definition: &str| Command::DescribeVm {
+        name: "m".into(),
+        of: Some(DefinitionDigest::of(r#"{"vcpus":1}"#)),
+        definition: definition.into(),
+        memory: 1 << 29,
+        volumes: vec!["v".into()],
+    };
+    let vms = [
+        describe(r#"{"vcpus":3}"#),
+        // Refused: it is another by now.
+        describe(r#"{"vcpus":4}"#),
+        Command::RunVm {
+            name: "m".into(),
+            run: false,
+            seconds: Some(5),
+        },
+    ];
+    commands.splice(last..last, vms);
+    commands
+}
+
+fn commands_of_format_3() -> Vec<Command> {
     let mut commands = commands_of_format_2();
     let forgets = |command: &Command| matches!(command, Command::ForgetDisk { .. });
     let at = commands.iter().position(forgets).expect("it is there") + 1;
@@ -80,6 +104,7 @@ fn all_commands() -> Vec<Command> {
     let vms = [
         Command::DescribeVm {
             name: "m".into(),
+            of: None,
             definition: r#"{"vcpus":1}"#.into(),
             memory: 1 << 29,
             volumes: vec![name()],
@@ -87,6 +112,7 @@ fn all_commands() -> Vec<Command> {
         Command::RunVm {
             name: "m".into(),
             run: false,
+            seconds: None,
         },
     ];
     commands.splice(last..last, vms);
@@ -269,19 +295,19 @@ fn replayed(entries: &[Entry<Types>], log: &str) -> Machine {
     machine
 }
 
-/// What the log and a snapshot of format 3 look like. Never to be changed: a new format gets files of its own.
+/// What the log and a snapshot of format 4 look like. Never to be changed: a new format gets files of its own.
 #[test]
 fn log_and_snapshot_are_as_they_were() {
     let entries = entries(all_commands());
     let log: Vec<u8> = entries.iter().flat_map(encode_entry).collect();
-    let golden = include_str!("../../golden/log-3.json");
+    let golden = include_str!("../../golden/log-4.json");
     assert_eq!(
         String::from_utf8(log).unwrap(),
         golden,
         "the format changed: raise FORMAT and keep reading the old one"
     );
     let machine = replayed(&entries, golden);
-    let golden = include_str!("../../golden/snapshot-3.json");
+    let golden = include_str!("../../golden/snapshot-4.json");
     assert_eq!(
         String::from_utf8(machine.encode()).unwrap(),
         golden,
@@ -292,10 +318,18 @@ fn log_and_snapshot_are_as_they_were() {
 
 /// A node that reads an old log and one that reads an old snapshot have the same state.
 #[test]
-fn log_and_snapshot_of_the_format_before_mean_what_they_meant() {
-    let entries = entries(commands_of_format_2());
-    let machine = replayed(&entries, include_str!("../../golden/log-2.json"));
-    let snapshot = include_str!("../../golden/snapshot-2.json");
+fn logs_and_snapshots_of_the_formats_before_mean_what_they_meant() {
+    let (log, snapshot) = (
+        include_str!("../../golden/log-2.json"),
+        include_str!("../../golden/snapshot-2.json"),
+    );
+    let machine = replayed(&entries(commands_of_format_2()), log);
+    assert_eq!(Machine::decode(snapshot.as_bytes()).unwrap(), machine);
+    let (log, snapshot) = (
+        include_str!("../../golden/log-3.json"),
+        include_str!("../../golden/snapshot-3.json"),
+    );
+    let machine = replayed(&entries(commands_of_format_3()), log);
     assert_eq!(Machine::decode(snapshot.as_bytes()).unwrap(), machine);
 }
 
@@ -304,10 +338,10 @@ fn newer_damaged_and_foreign_documents_are_refused_as_such() {
     let snapshot = Machine::default().encode();
     let newer = String::from_utf8(snapshot.clone())
         .unwrap()
-        .replacen("\"format\":3", "\"format\":4", 1);
+        .replacen("\"format\":4", "\"format\":5", 1);
     assert_eq!(
         Machine::decode(newer.as_bytes()).err(),
-        Some(Unreadable::Newer(4))
+        Some(Unreadable::Newer(5))
     );
     let entry = encode_entry(&entries(all_commands())[5]);
     assert!(

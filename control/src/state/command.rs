@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 use unibody_dataplane::config::{Outcome, Proposal, VolumeConfig};
 use unibody_dataplane::ids::DiskUuid;
 
-use super::ids::{NodeId, disk_uuid, hex_u128, moves, placement, proposal};
+use super::ids::{DefinitionDigest, NodeId, disk_uuid, hex_u128, moves, placement, proposal};
 
 /// Most commands in one [`Command::Batch`].
 pub const BATCH_MAX: usize = 4096;
@@ -285,6 +285,9 @@ pub enum Command {
     DescribeVm {
         /// Name.
         name: String,
+        /// The definition that this one was made from: refused if it is another meanwhile. Without it, whatever it is. Since format 4.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        of: Option<DefinitionDigest>,
         /// As in [`VmSpec`].
         definition: String,
         /// As in [`VmSpec`].
@@ -298,6 +301,9 @@ pub enum Command {
         name: String,
         /// Whether it is to run.
         run: bool,
+        /// Seconds that its guest may take to shut down; none: the node says. Since format 4.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        seconds: Option<u32>,
     },
     /// Forget a VM that is nowhere.
     DeleteVm {

@@ -67,6 +67,20 @@ impl From<NodeId> for handshake::NodeId {
     }
 }
 
+/// Stands for the definition of a VM: who changes one says from which.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct DefinitionDigest(#[serde(with = "hex_u128")] pub u128);
+
+impl DefinitionDigest {
+    /// The first half of its BLAKE3.
+    pub fn of(definition: &str) -> Self {
+        let hash = blake3::hash(definition.as_bytes());
+        let (first, _) = hash.as_bytes().split_first_chunk().expect("it has 32 bytes");
+        DefinitionDigest(u128::from_be_bytes(*first))
+    }
+}
+
 fn hex(text: &str) -> Option<u128> {
     let digits = text.len() == 32 && text.bytes().all(|byte| byte.is_ascii_hexdigit());
     digits.then(|| u128::from_str_radix(text, 16).ok())?

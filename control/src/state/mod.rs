@@ -25,13 +25,13 @@ use serde::{Deserialize, Serialize};
 pub use command::{Applied, BATCH_MAX, Command, Refused, VmSpec};
 pub use disks::{DISKS_MAX, DiskRecord};
 pub(crate) use ids::hex_u128;
-pub use ids::{Disk, NodeId};
+pub use ids::{DefinitionDigest, Disk, NodeId};
 pub use nodes::{ADDRESSES_MAX, NODES_MAX, Node};
 pub use vms::{DEFINITION_MAX, VM_VOLUMES_MAX, VMS_MAX, Vm};
 pub use volumes::{Replica, ReplicaState, VOLUME_BYTES_MAX, VOLUMES_MAX, Volume};
 
 /// Version of the serialised form of states and commands.
-pub const FORMAT: u32 = 3;
+pub const FORMAT: u32 = 4;
 
 /// Everything.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -179,11 +179,12 @@ impl State {
             Command::UpdateVm { name, vm } => self.update_vm(name, vm),
             Command::DescribeVm {
                 name,
+                of,
                 definition,
                 memory,
                 volumes,
-            } => self.describe_vm(name, definition, *memory, volumes),
-            Command::RunVm { name, run } => self.run_vm(name, *run),
+            } => self.describe_vm(name, *of, definition, *memory, volumes),
+            Command::RunVm { name, run, seconds } => self.run_vm(name, *run, *seconds),
             Command::DeleteVm { name } => self.delete_vm(name),
             Command::PlaceVm { name, node, epoch } => self.place_vm(name, *node, *epoch),
             Command::Batch(commands) => self.batch(commands),
@@ -222,7 +223,8 @@ impl State {
             for vm in self.vms.values_mut().filter(|vm| vm.node.is_some()) {
                 vm.held = vm.spec.memory;
             }
-            self.format = FORMAT;
         }
+        // What format 4 added reads as absent from format 3. A newer one is not made older: it is refused.
+        self.format = self.format.max(FORMAT);
     }
 }

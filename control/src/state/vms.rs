@@ -9,7 +9,7 @@ use std::collections::BTreeSet;
 
 use serde::{Deserialize, Serialize};
 
-use super::{Applied, NodeId, Refused, State, VmSpec, is_name};
+use super::{Applied, DefinitionDigest, NodeId, Refused, State, VmSpec, is_name};
 
 /// Most VMs.
 pub const VMS_MAX: usize = 1 << 14;
@@ -32,6 +32,9 @@ pub struct Vm {
     /// Since format 3.
     #[serde(default)]
     pub held: u64,
+    /// If it is not to run: seconds that its guest may take to shut down, if whoever stopped it said so. Since format 4.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub seconds: Option<u32>,
 }
 
 impl Vm {
@@ -78,6 +81,7 @@ impl State {
             node: None,
             epoch: 0,
             held: 0,
+            seconds: None,
         };
         self.vms.insert(name.to_owned(), vm);
         Ok(Applied::Done)
@@ -90,11 +94,17 @@ impl State {
     pub(super) fn describe_vm(
         &mut self,
         name: &str,
+        of: Option<DefinitionDigest>,
         definition: &str,
         memory: u64,
         volumes: &[String],
     ) -> Result<Applied, Refused> {
         let vm = self.vms.get(name).ok_or_else(|| Refused::NoVm(name.to_owned()))?;
+        if of.is_some_and(|of| of != DefinitionDigest::of(&vm.spec.definition)) {
+            return Err(Refused::Overtaken {
+                name: name.to_owned(),
+            });
+        }
         let spec = VmSpec {
             definition: definition.to_owned(),
             memory,
@@ -119,9 +129,11 @@ impl State {
         Ok(Applied::Done)
     }
 
-    pub(super) fn run_vm(&mut self, name: &str, run: bool) -> Result<Applied, Refused> {
+    pub(super) fn run_vm(&mut self, name: &str, run: bool, seconds: Option<u32>) -> Result<Applied, Refused> {
         let vm = self.vms.get_mut(name);
-        vm.ok_or_else(|| Refused::NoVm(name.to_owned()))?.spec.run = run;
+        let vm = vm.ok_or_else(|| Refused::NoVm(name.to_owned()))?;
+        vm.spec.run = run;
+        vm.seconds = seconds.filter(|_| !run);
         Ok(Applied::Done)
     }
 
@@ -225,4 +237,59 @@ fn check_spec(spec: &VmSpec) -> Result<(), Refused> {
         return wrong("it names a volume twice");
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::state::Command;
+
+    fn describe(of: Option<&str>, definition: &str) -> Command {
+        Command::DescribeVm {
+            name: "m".into(),
+            of: of.map(DefinitionDigest::of),
+            definition: definition.into(),
+            memory: 1,
+            volumes: Vec::new(),
+        }
+    }
+
+    fn vm() -> State {
+        let mut state = State::default();
+        let vm = VmSpec {
+            definition: "{}".into(),
+            memory: 1,
+            volumes: Vec::new(),
+            run: true,
+        };
+        let name = "m".into();
+        state.apply(&Command::CreateVm { name, vm }).unwrap();
+        state
+    }
+
+    #[test]
+    fn of_two_who_change_the_same_definition_the_second_has_to_look_again() {
+        let mut state = vm();
+        state.apply(&describe(Some("{}"), "{\"a\":1}")).unwrap();
+        let before = state.clone();
+        let late = state.apply(&describe(Some("{}"), "{\"b\":1}"));
+        assert_eq!(late, Err(Refused::Overtaken { name: "m".into() }));
+        assert_eq!(state, before);
+        state.apply(&describe(None, "{\"c\":1}")).unwrap();
+        assert_eq!(state.vms["m"].spec.definition, "{\"c\":1}");
+    }
+
+    #[test]
+    fn how_long_a_guest_has_to_end_counts_until_it_is_to_run_again() {
+        let mut state = vm();
+        let mut run = |run, seconds| {
+            let name = "m".into();
+            state.apply(&Command::RunVm { name, run, seconds }).unwrap();
+            state.vms["m"].seconds
+        };
+        assert_eq!(run(false, Some(5)), Some(5));
+        assert_eq!(run(false, Some(0)), Some(0));
+        assert_eq!(run(true, Some(5)), None);
+        assert_eq!(run(false, None), None);
+    }
 }

@@ -161,6 +161,15 @@ fn what_is_wrong_is_said_with_what_to_do() {
         .unwrap();
     let error: serde_json::Value = serde_json::from_slice(&error.stdout).unwrap();
     says(error["error"].to_string(), "unibody serve");
+    let usage = std::process::Command::new(env!("CARGO_BIN_EXE_unibody"))
+        .args(["status", "--json", "--colour"])
+        .output()
+        .unwrap();
+    assert_eq!(usage.status.code(), Some(2));
+    let usage: serde_json::Value = serde_json::from_slice(&usage.stdout).unwrap();
+    says(usage["error"].to_string(), "unexpected argument '--colour'");
+    says(fails(&["status", "--colour"]), "unexpected argument '--colour'");
+    assert!(runs(&["status", "--json", "--help"]).contains("Usage:"));
     says(
         fails(&["status", "--control", &place.str("nobody.sock")]),
         "unibody serve",

@@ -67,16 +67,20 @@ fn a_file_starts_the_same_node_as_flags() {
     let (a, b) = (place.disk("a.img", "128M"), place.disk("b.img", "128M"));
     let state = place.str("state");
     let file = place.str("node.toml");
+    // Not the first, which it would be without a word.
+    let core = std::thread::available_parallelism().unwrap().get() - 1;
     let volume = place.volume("v", "size=64M,mirror=2,width=2,unit=64K");
     std::fs::write(
         &file,
         format!(
-            "cores = [0]\ndisks = ['{a}', '{b}']\nvolumes = ['{volume}']\nstate = '{state}'\ncache = '16M'\n"
+            "cores = [{core}]\ndisks = ['{a}', '{b}']\nvolumes = ['{volume}']\nstate = '{state}'\ncache = '16M'\n"
         ),
     )
     .unwrap();
     let look = |node: &Node| {
         let status = node.status();
+        let cores: Vec<_> = status["reactors"].as_array().unwrap().iter().collect();
+        assert!(cores.len() == 1 && cores[0]["core"] == core, "{cores:?}");
         let volume = &status["volumes"][0];
         let of = |key: &str| volume[key].as_u64().unwrap();
         assert_eq!((of("size"), of("mirror")), (64 << 20, 2), "{volume}");
@@ -88,7 +92,11 @@ fn a_file_starts_the_same_node_as_flags() {
     runs(&["bench", &place.str("v.sock"), "--fill", "--bs", "64K"]);
     assert_eq!(node.terminate(), Some(0));
     // And flags are the same node.
-    let node = Node::start(&["--disk", &a, "--disk", &b, "--state", &state, "--volume", &volume]);
+    let core = core.to_string();
+    let node = Node::start(&[
+        "--cores", &core, "--disk", &a, "--disk", &b, "--state", &state, "--volume", &volume, "--cache",
+        "16M",
+    ]);
     look(&node);
     runs(&["bench", &place.str("v.sock"), "--verify-only", "--bs", "64K"]);
     assert_eq!(node.terminate(), Some(0));
