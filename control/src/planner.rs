@@ -5,6 +5,8 @@
 //! partners of a disk are spread over all others: when it is lost, all of them take part in healing. For a node that will
 //! use a volume, the first replica goes to its own disks as long as they are hardly fuller than all are on average.
 
+pub mod balance;
+
 use std::collections::{BTreeMap, BTreeSet};
 
 use unibody_dataplane::ids::{CHUNK, DiskUuid};
@@ -31,6 +33,16 @@ pub enum PlanError {
         /// Copies asked for.
         copies: u32,
         /// Domains with usable disks.
+        domains: usize,
+    },
+    /// Too few, because disks are nearly full.
+    #[error(
+        "{copies} copies need disks in {copies} failure domains that are less than {}% full, there are {domains}: add disks, or delete what is not needed", balance::FULL.0
+    )]
+    Full {
+        /// Copies asked for.
+        copies: u32,
+        /// Domains with usable disks that are not.
         domains: usize,
     },
     /// More than one change of the state can tell of.
@@ -132,6 +144,20 @@ impl<'a> Board<'a> {
         fits.then_some(best)
     }
 
+    /// Takes disks off the board, before anything is placed.
+    fn leave_out(&mut self, full: &BTreeSet<Disk>) {
+        if full.is_empty() {
+            return;
+        }
+        let n = self.disks.len();
+        let stays: Vec<usize> = (0..n)
+            .filter(|&i| !full.contains(&Disk(self.disks[i].uuid)))
+            .collect();
+        let pairs = stays.iter().flat_map(|&a| stays.iter().map(move |&b| (a, b)));
+        self.pairs = pairs.map(|(a, b)| self.pairs[a * n + b]).collect();
+        self.disks.retain(|disk| !full.contains(&Disk(disk.uuid)));
+    }
+
     fn place(&mut self, chosen: &[usize], fresh: usize) {
         let n = self.disks.len();
         self.disks[fresh].chunks += 1;
@@ -157,10 +183,10 @@ pub fn default_width(state: &State) -> u32 {
 /// # Errors
 /// When there are too few failure domains, or it is more than one change can tell of.
 pub fn plan_chunks(state: &State, count: u32, copies: u32) -> Result<Vec<Vec<DiskUuid>>, PlanError> {
-    plan_chunks_near(state, count, copies, None)
+    plan_chunks_near(state, count, copies, None, &BTreeSet::new())
 }
 
-/// The same for a volume that will be used on a node: its own disks come first where balance allows.
+/// The same for a volume that will be used on a node: its own disks come first where balance allows. Nothing goes to `full`.
 ///
 /// # Errors
 /// When there are too few failure domains.
@@ -169,6 +195,7 @@ pub fn plan_chunks_near(
     count: u32,
     copies: u32,
     near: Option<NodeId>,
+    full: &BTreeSet<Disk>,
 ) -> Result<Vec<Vec<DiskUuid>>, PlanError> {
     let most = REPLICAS_MAX / copies.max(1);
     if count > most {
@@ -179,6 +206,11 @@ pub fn plan_chunks_near(
     let domains = board.domains();
     if domains < copies as usize {
         return Err(PlanError::Domains { copies, domains });
+    }
+    board.leave_out(full);
+    let domains = board.domains();
+    if count > 0 && domains < copies as usize {
+        return Err(PlanError::Full { copies, domains });
     }
     let mut plan = Vec::with_capacity(count as usize);
     let mut chosen = Vec::with_capacity(copies as usize);
@@ -319,6 +351,28 @@ mod tests {
     }
 
     #[test]
+    fn nothing_new_goes_to_full_disks() {
+        let state = state_of(&[(1, 0), (1, 1), (1, 2)]);
+        let full = |disks: &[u128]| {
+            disks
+                .iter()
+                .map(|&disk| Disk(DiskUuid(disk)))
+                .collect::<BTreeSet<_>>()
+        };
+        let plan = plan_chunks_near(&state, 100, 2, None, &full(&[2])).unwrap();
+        assert!(plan.iter().flatten().all(|disk| *disk != DiskUuid(2)));
+        let refused = plan_chunks_near(&state, 1, 2, None, &full(&[2, 3])).unwrap_err();
+        assert_eq!(
+            refused,
+            PlanError::Full {
+                copies: 2,
+                domains: 1
+            }
+        );
+        assert!(refused.to_string().contains("less than 85% full"));
+    }
+
+    #[test]
     fn what_no_change_can_tell_of_is_not_planned() {
         let state = state_of(&[(1, 0), (1, 1)]);
         assert_eq!(
@@ -389,7 +443,7 @@ mod tests {
             const COUNT: u32 = 100_000;
             let state = cluster_of(&nodes);
             let near = near.map(|index| NodeId(index.index(nodes.len()) as u64 + 1));
-            let plan = plan_chunks_near(&state, COUNT, copies, near).unwrap();
+            let plan = plan_chunks_near(&state, COUNT, copies, near, &BTreeSet::new()).unwrap();
             let mut load = BTreeMap::new();
             let mut local = 0u32;
             for disks in &plan {

@@ -4,7 +4,7 @@ use std::path::Path;
 
 use anyhow::{Context, Result};
 use unibody_control::admin::{DiskStatus, NodeStatus, Request, VolumeStatus, call};
-use unibody_control::api::types::{ClusterStatus, NodeSummary, VmSummary};
+use unibody_control::api::types::{Balance, ClusterStatus, NodeSummary, VmSummary};
 
 use crate::target::{Client, NodeArgs, Target};
 
@@ -127,6 +127,10 @@ fn print_cluster(status: &ClusterStatus) {
     let volumes: Vec<_> = status.volumes.iter().map(|volume| &volume.volume).collect();
     if let Some(line) = healing(&volumes) {
         println!("\n{line}");
+    }
+    let Balance { moving, left } = status.balance;
+    if moving + left > 0 {
+        println!("\nBalancing disks: {moving} chunks move, about {left} more are to.");
     }
 }
 
@@ -268,6 +272,9 @@ fn print_disks_of(status: &ClusterStatus) {
             );
         } else if disk.leaving {
             row[5] = format!("{}, leaving: {} replicas to move", row[5], disk.replicas);
+        }
+        if let Some(warning) = &disk.warning {
+            row[5] = format!("{}, {warning}", row[5]);
         }
         row.insert(0, disk.node.clone());
         row.push(disk.disk.uuid.clone());

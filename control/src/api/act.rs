@@ -1,5 +1,7 @@
 //! Everything that changes something: a proposal, or a word to the one node that can do it.
 
+use std::collections::BTreeSet;
+use std::sync::Arc;
 use std::time::Duration;
 
 use axum::Json;
@@ -11,12 +13,12 @@ use tokio::time::Instant;
 use unibody_dataplane::geometry::Geometry;
 
 use super::types::{Attached, Drain, NewVolume, OnNode, Resize, VmDefinition, VmStop};
-use super::{Api, DO, Failure, PASSED_ON, PAUSE, conflict, find_node, name_of, wrong};
+use super::{Api, DO, Failure, PASSED_ON, PAUSE, conflict, find_node, name_of, show, wrong};
 use crate::admin::{NodeStatus, VolumeStatus};
 use crate::cluster::LocalRequest;
 use crate::cluster::vms::SECONDS_MAX;
-use crate::planner;
-use crate::state::{Applied, Command, NodeId, Refused, State as Control, VmSpec, Volume};
+use crate::planner::{self, balance::Fills};
+use crate::state::{Applied, Command, Disk, NodeId, Refused, State as Control, VmSpec, Volume};
 
 /// Times that a placement is planned anew because disks have come or gone meanwhile.
 const PLANS: u32 = 5;
@@ -72,6 +74,23 @@ pub(super) fn done(_: Applied) -> StatusCode {
     StatusCode::NO_CONTENT
 }
 
+/// Disks that nothing new goes to, as far as their nodes answer.
+async fn full(api: &Api, state: &Arc<Control>) -> BTreeSet<Disk> {
+    let said = show::said(api, state).await.into_values();
+    let disks: Vec<_> = said.flat_map(|node| node.disks).collect();
+    let mut fills = Fills::default();
+    for &disk in state.disks.keys() {
+        let uuid = disk.to_string();
+        if let Some(said) = disks
+            .iter()
+            .find(|said| said.uuid == uuid && said.state == "online")
+        {
+            fills.say(disk, said.capacity, said.free);
+        }
+    }
+    fills.full
+}
+
 /// Makes a volume.
 #[utoipa::path(post, path = "/v1/volumes", request_body = NewVolume, responses((status = 204), (status = "4XX", body = super::types::Problem)))]
 pub(super) async fn create_volume(State(api): State<Api>, Given(new): Given<NewVolume>) -> Done {
@@ -93,7 +112,8 @@ pub(super) async fn create_volume(State(api): State<Api>, Given(new): Given<NewV
             return Err(Refused::Size(new.size).into());
         }
         let count = geometry.chunks(new.size);
-        let chunks = planner::plan_chunks_near(state, count, new.mirror, near)?;
+        let chunks =
+            planner::plan_chunks_near(state, count, new.mirror, near, &full(&api, &view.state).await)?;
         let instance = crate::raft::random();
         let create = Command::CreateVolume {
             name: new.name.clone(),
@@ -158,7 +178,7 @@ pub(super) async fn resize_volume(
         .geometry()
         .chunks(size)
         .saturating_sub(volume.chunks.len() as u32);
-    let chunks = planner::plan_chunks(state, more, volume.mirror)?;
+    let chunks = planner::plan_chunks_near(state, more, volume.mirror, None, &full(&api, &view.state).await)?;
     let resize = Command::ResizeVolume {
         name: name.clone(),
         size,

@@ -39,7 +39,7 @@ use tokio::sync::Semaphore;
 use utoipa::OpenApi;
 
 use crate::cluster::vms::{VmAct, VmHost};
-use crate::cluster::{Agent, AgentHandle, LocalAnswer, LocalRequest};
+use crate::cluster::{Agent, AgentHandle, LocalAnswer, LocalRequest, Reports};
 use crate::planner::PlanError;
 use crate::raft::{Cluster, ProposeError, View};
 use crate::state::{Applied, Command, NodeId, Refused, State as Control};
@@ -63,6 +63,8 @@ const REACH: Duration = Duration::from_secs(1);
 const SAY: Duration = Duration::from_secs(3);
 /// Says that a node passed a request on. Whoever that was wrong for must not pass it on again: the address may be its own.
 const PASSED_ON: &str = "x-unibody-passed-on";
+/// How often the leader asks the nodes about their disks.
+const LOOK: Duration = Duration::from_secs(5);
 /// How long another node may take to do something.
 const DO: Duration = Duration::from_secs(60);
 
@@ -119,7 +121,7 @@ fn conflict(why: impl Into<String>) -> Failure {
 impl From<PlanError> for Failure {
     fn from(error: PlanError) -> Self {
         match error {
-            PlanError::Domains { .. } => conflict(error.to_string()),
+            PlanError::Domains { .. } | PlanError::Full { .. } => conflict(error.to_string()),
             PlanError::TooMuch { .. } => wrong(error.to_string()),
         }
     }
@@ -202,6 +204,7 @@ pub fn serve(agent: &mut Agent, host: Arc<dyn VmHost>) {
         cluster,
         host,
     }));
+    agent.runtime().spawn(look_at_disks(api.clone(), agent.reports()));
     let router = router(api);
     agent.runtime().spawn(async move {
         let room = Arc::new(Semaphore::new(CONNECTIONS_MAX));
@@ -218,6 +221,21 @@ pub fn serve(agent: &mut Agent, host: Arc<dyn VmHost>) {
             });
         }
     });
+}
+
+/// Asks all nodes about their disks again and again while this one leads: what they say decides what moves.
+async fn look_at_disks(api: Api, reports: Arc<Reports>) {
+    let mut due = tokio::time::interval(LOOK);
+    due.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    loop {
+        due.tick().await;
+        if api.0.cluster.is_leader() {
+            let view = api.0.cluster.view();
+            let said = show::said(&api, &view.state).await.into_values();
+            let disks: Vec<_> = said.flat_map(|node| node.disks).collect();
+            reports.say(&view.state, &disks);
+        }
+    }
 }
 
 async fn converse(stream: TcpStream, router: Router) -> Result<(), Box<dyn std::error::Error + Send + Sync>> {

@@ -12,12 +12,13 @@ use axum::http::header;
 use axum::response::{IntoResponse, Response};
 use tokio::task::JoinSet;
 
-use super::types::{Changes, ClusterStatus, DiskSummary, NodeSummary, VmSummary, VolumeSummary};
+use super::types::{Balance, Changes, ClusterStatus, DiskSummary, NodeSummary, VmSummary, VolumeSummary};
 use super::{Api, name_of};
 use crate::admin::{DiskStatus, NodeStatus, VolumeStatus};
 use crate::cluster::{self, LocalRequest};
+use crate::planner::balance::{self, Fills};
 use crate::raft::{self, View};
-use crate::state::{DiskRecord, NodeId, ReplicaState, State as Control, Vm, Volume};
+use crate::state::{Disk, DiskRecord, NodeId, ReplicaState, State as Control, Vm, Volume};
 
 /// A watcher that is told nothing for so long is told so: one that has vanished is noticed only by what is sent to it.
 const QUIET_MAX: Duration = Duration::from_secs(30);
@@ -41,6 +42,10 @@ pub(super) async fn status(State(api): State<Api>) -> Json<ClusterStatus> {
         disks: with_stuck(state, disks(state, &said)),
         volumes: volumes(state, &said),
         vms: vms(state, Some(&said)),
+        balance: Balance {
+            moving: balance::moving(state) as u64,
+            left: balance::left(state),
+        },
     })
 }
 
@@ -110,6 +115,7 @@ fn disks(state: &Control, said: &Said) -> Vec<DiskSummary> {
             node: name_of(state, record.node),
             leaving: record.out,
             stuck: false,
+            warning: None,
             replicas: replicas.get(&uuid).copied().unwrap_or(0),
             disk: status,
         });
@@ -137,8 +143,32 @@ fn with_stuck(state: &Control, mut disks: Vec<DiskSummary>) -> Vec<DiskSummary> 
             let found = disks.iter_mut().filter(|summary| summary.disk.uuid == uuid);
             found.for_each(|summary| summary.stuck = true);
         }
+        let uuid = disk.to_string();
+        for summary in disks.iter_mut().filter(|summary| summary.disk.uuid == uuid) {
+            summary.warning = warning(*disk, &summary.disk);
+        }
     }
     disks
+}
+
+/// What is to be done about a disk that is nearly full.
+fn warning(disk: Disk, said: &DiskStatus) -> Option<String> {
+    let mut fills = Fills::default();
+    if said.state == "online" {
+        fills.say(disk, said.capacity, said.free);
+    }
+    let (full, crowded) = (balance::FULL.0, balance::CROWDED.0);
+    if fills.crowded.contains(&disk) {
+        Some(format!(
+            "more than {crowded} % full: what is on it moves to disks with room; add disks, or delete or discard what is not needed"
+        ))
+    } else if fills.full.contains(&disk) {
+        Some(format!(
+            "more than {full} % full: nothing new goes to it; add disks, or delete or discard what is not needed"
+        ))
+    } else {
+        None
+    }
 }
 
 fn volumes(state: &Control, said: &Said) -> Vec<VolumeSummary> {

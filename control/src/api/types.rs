@@ -24,6 +24,18 @@ pub struct ClusterStatus {
     pub volumes: Vec<VolumeSummary>,
     /// Its VMs.
     pub vms: Vec<VmSummary>,
+    /// Data that moves so that disks are equally full.
+    #[serde(default)]
+    pub balance: Balance,
+}
+
+/// What moves so that disks are equally full.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, ToSchema)]
+pub struct Balance {
+    /// Chunks that move now.
+    pub moving: u64,
+    /// About how many replicas are to move after them, once nothing else is wrong.
+    pub left: u64,
 }
 
 /// A node.
@@ -61,6 +73,9 @@ pub struct DiskSummary {
     /// They are to leave it, and have nowhere to go. In the status only, not in the stream of changes.
     #[serde(default)]
     pub stuck: bool,
+    /// What is to be done about it. In the status only, not in the stream of changes.
+    #[serde(default)]
+    pub warning: Option<String>,
     /// What its node says; of a node that does not answer, what the state says.
     #[serde(flatten)]
     pub disk: DiskStatus,

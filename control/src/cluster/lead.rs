@@ -6,6 +6,7 @@ use std::collections::BTreeMap;
 use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
+use super::balancing::{self, Reports};
 use super::leader::{self, Duty, Life};
 use crate::raft::{Cluster, ProposeError};
 use crate::state::{Command, Refused, State};
@@ -16,29 +17,34 @@ const TICK: Duration = Duration::from_millis(200);
 const SILENT: Duration = Duration::from_secs(3);
 /// Pause after something was proposed: a duty that the state refuses again and again must not fill the log.
 const PAUSE: Duration = Duration::from_millis(50);
+/// How often it looks at the balance of disks.
+const BALANCE: Duration = Duration::from_millis(500);
 /// Duties carried out by one entry of the log.
 const TOGETHER: usize = 64;
 
 /// Starts the thread. It ends when the cluster does.
-pub(crate) fn start(cluster: &Arc<Cluster>, out_after: Duration) -> std::io::Result<()> {
-    let cluster = Arc::downgrade(cluster);
+pub(crate) fn start(
+    cluster: &Arc<Cluster>,
+    out_after: Duration,
+    reports: &Arc<Reports>,
+) -> std::io::Result<()> {
+    let (cluster, reports) = (Arc::downgrade(cluster), Arc::clone(reports));
     std::thread::Builder::new()
         .name("lead".into())
-        .spawn(move || run(&cluster, out_after))?;
+        .spawn(move || run(&cluster, out_after, &reports))?;
     Ok(())
 }
 
-fn run(cluster: &Weak<Cluster>, out_after: Duration) {
-    // Since when nothing was heard of a node.
-    let mut gone_since = BTreeMap::new();
+fn run(cluster: &Weak<Cluster>, out_after: Duration, reports: &Reports) {
+    let mut past = Past::default();
     while let Some(cluster) = cluster.upgrade() {
         let view = cluster.view();
         if !cluster.is_leader() {
-            gone_since.clear();
+            past = Past::default();
             cluster.wait_beyond(view.applied, TICK);
             continue;
         }
-        match lead(&cluster, &view.state, &mut gone_since, out_after) {
+        match lead(&cluster, &view.state, &mut past, out_after, reports) {
             Ok(0) => drop(cluster.wait_beyond(view.applied, TICK)),
             Ok(_) => std::thread::sleep(PAUSE),
             Err(error) => {
@@ -52,12 +58,22 @@ fn run(cluster: &Weak<Cluster>, out_after: Duration) {
     }
 }
 
+/// What is remembered while it leads.
+#[derive(Default)]
+struct Past {
+    /// Since when nothing was heard of a node.
+    gone_since: BTreeMap<crate::state::NodeId, Instant>,
+    /// When the balance was looked at last.
+    balanced: Option<Instant>,
+}
+
 /// Answers how much was proposed.
 fn lead(
     cluster: &Cluster,
     state: &State,
-    gone_since: &mut BTreeMap<crate::state::NodeId, Instant>,
+    past: &mut Past,
     out_after: Duration,
+    reports: &Reports,
 ) -> Result<usize, ProposeError> {
     let now = Instant::now();
     let me = cluster.identity().node;
@@ -65,11 +81,11 @@ fn lead(
     for &node in state.nodes.keys() {
         let heard = cluster.heard(node);
         if node == me || heard.is_some_and(|heard| now.duration_since(heard) < SILENT) {
-            gone_since.remove(&node);
+            past.gone_since.remove(&node);
             life.insert(node, Life::Alive);
             continue;
         }
-        let since = *gone_since.entry(node).or_insert(now);
+        let since = *past.gone_since.entry(node).or_insert(now);
         let over = cluster.lease_left(node).is_ok_and(|left| left.is_zero());
         let judged = match over {
             false => Life::Silent,
@@ -85,12 +101,19 @@ fn lead(
     }
     let mut commands = Vec::new();
     let duties = leader::duties(state, &life);
-    let count = duties.len();
+    let mut count = duties.len();
     for duty in duties {
         match duty {
             Duty::Take(node, command) => drop(cluster.take_from(node, &command)?),
             Duty::Do(command) => commands.push(command),
         }
+    }
+    // After everything that is more urgent.
+    if count == 0 && past.balanced.is_none_or(|at| now.duration_since(at) >= BALANCE) {
+        past.balanced = Some(now);
+        let life = |node| life.get(&node).copied().unwrap_or(Life::Silent);
+        commands = balancing::duties(state, &life, reports.last().as_ref());
+        count = commands.len();
     }
     // What is a batch already stays one.
     let single = |command: &Command| !matches!(command, Command::Batch(_));

@@ -9,7 +9,7 @@
 //! * `peers`: where the other nodes are, and the connections to their disks
 //! * `disks`, `volumes`, `machines`: what the state says of this node's disks, volumes and VMs, and what is done about it
 //! * `proposer`: how proposals reach Raft
-//! * `leader`, `leaving`, `lead`: what is done for the whole cluster by the node that leads, and its thread
+//! * `leader`, `leaving`, `balancing`, `lead`: what is done for the whole cluster by the node that leads, and its thread
 //! * `vms`: what runs the VMs, from outside
 //!
 //! Invariants:
@@ -17,6 +17,7 @@
 //! * The data plane's lease is set only after everything was looked at that was committed when the lease was granted.
 //! * An owner hears the outcome of a proposal only when it is committed, and hears of each exactly once.
 
+mod balancing;
 mod config;
 mod disks;
 mod door;
@@ -46,6 +47,7 @@ use crate::pace::Paces;
 use crate::raft::{Cluster, ClusterError, Lease, Options, Start, View};
 use crate::state::{Applied, Command, NodeId, Refused};
 
+pub(crate) use balancing::Reports;
 pub use config::{ConfigError, JoinToken, NodeConfig, NodeSetup};
 use disks::Disks;
 use door::Inside;
@@ -272,6 +274,7 @@ pub struct Agent {
     runtime: Option<tokio::runtime::Runtime>,
     address: SocketAddr,
     users: Option<tokio::sync::mpsc::Receiver<TcpStream>>,
+    reports: Arc<Reports>,
 }
 
 impl Agent {
@@ -345,7 +348,8 @@ impl Agent {
             inputs: sender.clone(),
         };
         watch(&cluster, events, &sender)?;
-        lead::start(&cluster, Duration::from_secs(config.out_after_s))?;
+        let reports = Arc::new(Reports::default());
+        lead::start(&cluster, Duration::from_secs(config.out_after_s), &reports)?;
         let sessions = Arc::new(Sessions(plane));
         std::fs::create_dir_all(dir.join("volumes"))?;
         let mut agent = Agent {
@@ -361,6 +365,7 @@ impl Agent {
             runtime: Some(runtime),
             address,
             users: Some(users),
+            reports,
         };
         for spec in specs {
             let index = agent.disks.add(spec)?;
@@ -383,6 +388,11 @@ impl Agent {
     /// Its part in the cluster.
     pub fn cluster(&self) -> Arc<Cluster> {
         Arc::clone(&self.ground.cluster)
+    }
+
+    /// Where the leader looks for what nodes say of their disks.
+    pub(crate) fn reports(&self) -> Arc<Reports> {
+        Arc::clone(&self.reports)
     }
 
     /// What it was made from.

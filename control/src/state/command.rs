@@ -224,7 +224,7 @@ pub enum Command {
         #[serde(with = "moves")]
         to: Vec<(u32, DiskUuid)>,
     },
-    /// Give chunks one replica more, to take the place of the one on a disk that leaves. Since format 3.
+    /// Give chunks one replica more, to take the place of the one on a disk: that leaves, or that is fuller. Since format 3.
     AddReplicas {
         /// Name.
         name: String,
@@ -232,14 +232,14 @@ pub enum Command {
         generation: u32,
         /// The configuration it was made from.
         config: u32,
-        /// The disk that leaves.
+        /// That disk.
         #[serde(with = "disk_uuid")]
         from: DiskUuid,
         /// For each chunk the disk that gets the new one.
         #[serde(with = "moves")]
         to: Vec<(u32, DiskUuid)>,
     },
-    /// Remove replicas on a disk that leaves, where there is one more than needed. Since format 3.
+    /// Remove replicas on a disk, where there is one more than needed. Since format 3.
     RemoveReplicas {
         /// Name.
         name: String,
@@ -247,7 +247,7 @@ pub enum Command {
         generation: u32,
         /// The configuration it was made from.
         config: u32,
-        /// The disk that leaves.
+        /// The disk.
         #[serde(with = "disk_uuid")]
         disk: DiskUuid,
         /// The chunks.

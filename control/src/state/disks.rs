@@ -94,9 +94,10 @@ impl State {
         self.disks.get_mut(&Disk(disk)).ok_or(Refused::NoDisk(Disk(disk)))
     }
 
-    /// A disk may change its domain only where no chunk on it has another replica there; what leaves does not count.
+    /// A disk may change its domain only where no chunk on it has another replica there; what leaves does not count. One that
+    /// keeps it may share it with the successor of a replica.
     fn check_domain(&self, disk: DiskUuid, domain: &str) -> Result<(), Refused> {
-        if self.leaves(Disk(disk)) {
+        if self.leaves(Disk(disk)) || self.domain_of(Disk(disk)) == Some(domain) {
             return Ok(());
         }
         let clashes = |slots: &Vec<Replica>| {

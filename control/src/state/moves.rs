@@ -2,11 +2,14 @@
 //!
 //! What is in sync on a disk that leaves stays so until it is in sync elsewhere: its chunk gets one replica more, which the
 //! owner brings up to date like any that is stale, and loses the old one afterwards. What is not in sync counts for nothing
-//! and gives its place away at once.
+//! and gives its place away at once. Replicas move so between disks that stay, too, that these are equally full
+//! (`planner::balance`).
 //!
-//! * A chunk has as many replicas as its volume has copies, or one more while one of its disks leaves.
-//! * A replica that is in sync is removed only if so many others are, on so many failure domains, as the volume has copies.
-//! * The new replica may be in the domain of one that leaves, and of no other.
+//! * A chunk has as many replicas as its volume has copies, or one more while one of them moves.
+//! * A replica that is in sync is removed only if so many others are, on so many failure domains, as the volume has copies;
+//!   on a disk that stays, any replica.
+//! * A replica on a disk that stays gets a successor only while all of its chunk are in sync.
+//! * The new replica may be in the domain of one that leaves or that it takes the place of, and of no other.
 
 use std::borrow::Cow;
 use std::collections::BTreeSet;
@@ -53,11 +56,13 @@ impl State {
         self.disks.get(&disk).is_none_or(|record| record.out)
     }
 
-    /// Whether every chunk has its replicas in distinct domains, those aside that are on disks that leave.
-    pub(super) fn apart(&self, slots: &[Replica]) -> bool {
+    /// Whether a chunk has its replicas in distinct domains, those aside that are on disks that leave; with one more than it
+    /// needs two may share a domain.
+    pub(super) fn apart(&self, volume: &Volume, slots: &[Replica]) -> bool {
         let mut domains = BTreeSet::new();
         let mut staying = slots.iter().filter(|slot| !self.leaves(slot.disk));
         staying.all(|slot| domains.insert(self.domain_of(slot.disk)))
+            || volume.has_spare(slots) && self.domains(slots.iter()).len() >= volume.mirror as usize
     }
 
     /// Whether a chunk could do without its replica on a disk: what is left would be as many as are wanted, in as many domains.
@@ -134,7 +139,7 @@ impl State {
         })
     }
 
-    /// Gives chunks one replica more, which will take the place of the one on a disk that leaves.
+    /// Gives chunks one replica more, which will take the place of the one on a disk.
     pub(super) fn add_replicas(
         &mut self,
         seen: Seen<'_>,
@@ -145,11 +150,14 @@ impl State {
         let mut once = BTreeSet::new();
         for &(chunk, target) in to {
             let (slots, _) = volume.slot(chunk, from)?;
-            if !self.leaves(from) {
-                return Err(refused(chunk, "the disk that has it is not leaving"));
-            }
             if volume.has_spare(slots) || !once.insert(chunk) {
                 return Err(refused(chunk, "it has one replica more already"));
+            }
+            if !self.leaves(from) && slots.iter().any(|slot| slot.state != ReplicaState::InSync) {
+                return Err(refused(chunk, "it has to heal first"));
+            }
+            if from == Disk(target) {
+                return Err(refused(chunk, "it is there already"));
             }
             self.check_target(chunk, slots, from, target, volume.mirror)?;
         }
@@ -160,7 +168,7 @@ impl State {
         })
     }
 
-    /// Removes what a disk that leaves need not have any longer.
+    /// Removes what a disk need not have any longer.
     pub(super) fn remove_replicas(
         &mut self,
         seen: Seen<'_>,
@@ -170,9 +178,6 @@ impl State {
         let (volume, disk) = (self.seen(seen)?, Disk(disk));
         for &chunk in chunks {
             let (slots, slot) = volume.slot(chunk, disk)?;
-            if !self.leaves(disk) {
-                return Err(refused(chunk, "the disk that has it is not leaving"));
-            }
             if !volume.has_spare(slots) {
                 return Err(refused(chunk, "it has no replica more than it needs"));
             }
@@ -183,7 +188,8 @@ impl State {
                 .iter()
                 .filter(|slot| slot.disk != disk && slot.state == ReplicaState::InSync);
             let domains = self.domains(others);
-            if slot.state == ReplicaState::InSync && domains.len() < volume.mirror as usize {
+            let counts = slot.state == ReplicaState::InSync || !self.leaves(disk);
+            if counts && domains.len() < volume.mirror as usize {
                 return Err(refused(chunk, "too few others are in sync"));
             }
         }

@@ -3,7 +3,7 @@
 //! * The last in-sync replica of a chunk is never made stale, moved or removed.
 //! * While a volume is attached only its present generation, from its present configuration, changes its slots. (An
 //!   operator who takes a disk out changes them too, always towards stale; the configuration number tells the owner.)
-//! * The replicas of a chunk are on distinct failure domains, those aside that are on disks that leave (`moves`).
+//! * The replicas of a chunk are on distinct failure domains, those aside that are on disks that leave or move (`moves`).
 //! * A replica becomes in-sync only from rebuilding (or stays so, with a new boot recorded), and only with the boot that its
 //!   disk has now, where the disk's node reports boots.
 //!
@@ -491,11 +491,10 @@ impl State {
                 if !disks.iter().all(|disk| self.disks.contains_key(disk)) {
                     return fail("a replica on an unknown disk");
                 }
-                if !self.apart(slots) {
+                if !self.apart(volume, slots) {
                     return fail("two replicas of a chunk in one failure domain");
                 }
-                let spare = slots.len().wrapping_sub(volume.mirror as usize);
-                if spare > 1 || spare == 1 && !disks.iter().any(|disk| self.leaves(*disk)) {
+                if slots.len().wrapping_sub(volume.mirror as usize) > 1 {
                     return fail("a chunk with another number of replicas than the volume has copies");
                 }
                 if !slots.iter().any(|slot| slot.state == ReplicaState::InSync) {
