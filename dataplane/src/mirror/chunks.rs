@@ -34,6 +34,8 @@ pub(super) enum Lost {
     NoSpace,
     /// It has to become stale: what is written to it does not stay.
     Rotten,
+    /// It has to become stale: its disk may have forgotten something, and another's has not.
+    Doubted,
 }
 
 impl Lost {
@@ -284,6 +286,9 @@ impl Mirror {
             let leaving = counted && slot.lost != Lost::No;
             disk.counted = disk.counted + u32::from(counted) - u32::from(slot.counted);
             disk.leaving = disk.leaving + u32::from(leaving) - u32::from(slot.leaving);
+            if slot.leaving && !leaving && disk.leaving == 0 {
+                disk.lost_unflushed = false;
+            }
             (slot.counted, slot.leaving) = (counted, leaving);
         }
         self.look = true;
@@ -541,10 +546,14 @@ impl Mirror {
         let mut changed = false;
         for (i, slot) in chunk.slots.iter_mut().enumerate() {
             let bit = 1u8 << i;
-            // One without room has every acknowledged write, since nothing is acknowledged before it is dropped. When no
-            // other is left it goes on.
-            let counts =
-                slot.lost == Lost::Disk || slot.lost == Lost::NoSpace && trusted == 0 && slot.present;
+            // The others have every acknowledged write, since nothing is acknowledged before they are dropped. When no
+            // better one is left they go on.
+            let last = trusted == 0 && (slot.present || !self.disks[usize::from(slot.disk)].sealed);
+            let counts = match slot.lost {
+                Lost::Disk => true,
+                Lost::NoSpace | Lost::Rotten | Lost::Doubted => last,
+                Lost::Data | Lost::No => false,
+            };
             if chunk.in_sync & bit == 0 || !counts {
                 continue;
             }
@@ -572,7 +581,7 @@ impl Mirror {
                 // Others serve: only a replica that forgot nothing goes on with them.
                 // One whose MarkStale is out waits for the outcome.
                 if (same || fresh) && !leaving {
-                    slot.lost = Lost::No;
+                    (slot.boot, slot.power, slot.lost) = (disk.boot, disk.power, Lost::No);
                     changed = true;
                 }
                 continue;
@@ -589,12 +598,18 @@ impl Mirror {
             let waited = self.phase != Phase::Attaching
                 || self.now.saturating_sub(self.started) >= self.limits.attach_wait_ms;
             let all = silent == 0 || planted::on(Bug::SkipSeal);
-            if all || kept != 0 && waited {
-                let mut chosen = if kept != 0 { kept } else { back };
+            // What may have forgotten something does not go on without one that has not, and that may come yet.
+            if all || kept & clean != 0 && waited {
+                let mut power_lost = kept == 0;
+                let mut chosen = if power_lost { back } else { kept };
                 if chosen & clean != 0 {
                     chosen &= clean;
+                } else if back & clean != 0 {
+                    // One that lost power knows what was flushed, one that is suspect perhaps not even that.
+                    chosen |= back & clean;
+                    power_lost = true;
                 }
-                self.choose(c, chosen, back, kept == 0, out);
+                self.choose(c, chosen, back, power_lost, out);
                 changed = true;
             }
         }
@@ -620,7 +635,7 @@ impl Mirror {
             if chosen >> i & 1 == 0 {
                 // It has to become stale; if the control state drops the chosen ones instead, it is looked at again.
                 if slot.boot == disk.boot {
-                    slot.lost = Lost::Data;
+                    slot.lost = Lost::Doubted;
                 }
                 continue;
             }

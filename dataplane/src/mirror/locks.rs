@@ -354,8 +354,19 @@ impl Mirror {
         }
     }
 
-    /// Whether no piece holds a block of the region.
+    /// Whether no piece holds a block of the region, and none that was given up may still change one on a replica that counts.
     pub(super) fn region_quiet(&self, chunk: u32, region: u8) -> bool {
+        let there = &self.chunks[chunk as usize];
+        let counts = (there.in_sync | there.pending | there.active) & !there.lost;
+        let out = |p: u32| {
+            let piece = &self.pieces[p];
+            piece.stage == Stage::Ended && piece.kind != PieceKind::Read && piece.sent & counts != 0
+        };
+        if (0..self.pieces.len())
+            .any(|p| self.pieces.is_used(p) && out(p) && self.place(p) == (chunk, region))
+        {
+            return false;
+        }
         let first = u16::from(region) * EXTENTS_PER_REGION as u16;
         (first..first + EXTENTS_PER_REGION as u16).all(|extent| {
             self.table

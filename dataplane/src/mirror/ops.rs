@@ -434,6 +434,10 @@ impl Mirror {
         if piece.again {
             // Only to lost disks is anything out; the piece is done over once its chunk is ready again.
             (piece.again, piece.need, piece.acked, piece.no_space) = (false, 0, 0, 0);
+            // Some may have it, and it may end undone.
+            if piece.since != Version::ZERO {
+                self.unsettle(c, region);
+            }
             self.unlist(p);
             self.step_back(p);
             self.look_region(c, region);
@@ -894,6 +898,8 @@ impl Mirror {
             self.refused(c, slot, pending.incarnation, status, p, out);
         }
         if self.pieces[p].stage == Stage::Ended {
+            // Its region may be waited for.
+            self.tasks_due = true;
             return self.let_go(p, out);
         }
         if let Purpose::Edge { edge, .. } = pending.purpose {

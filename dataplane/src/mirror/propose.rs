@@ -8,6 +8,7 @@ use crate::ids::BootId;
 use crate::planted::{self, Bug};
 
 use super::chunks::Lost;
+use super::sync::slots;
 use super::{Effect, Mirror, Phase};
 
 /// Most chunks in a promotion.
@@ -100,7 +101,10 @@ impl Mirror {
         let no_space = slot.lost.elsewhere();
         match slot.state {
             SlotState::InSync if slot.lost != Lost::No => {
-                (trusted != 0 && !slot.refused).then_some(Wish::Stale { no_space })
+                // While those that are left may have forgotten something, what they lack may be on this one.
+                let whole = |slot: u8| !self.disks[usize::from(chunk.slots[usize::from(slot)].disk)].suspect;
+                let needed = slot.lost == Lost::Disk && chunk.unsettled != 0 && !slots(trusted).any(whole);
+                (trusted != 0 && !slot.refused && !needed).then_some(Wish::Stale { no_space })
             }
             SlotState::Rebuilding if slot.lost != Lost::No => {
                 (!slot.refused).then_some(Wish::Stale { no_space })
@@ -117,7 +121,8 @@ impl Mirror {
             }
             SlotState::InSync => None,
             SlotState::Rebuilding => {
-                let complete = slot.active && slot.clean == !0 && chunk.unsettled == 0 && !slot.refused;
+                let complete =
+                    slot.active && slot.clean == !0 && chunk.ready && chunk.unsettled == 0 && !slot.refused;
                 if !complete {
                     return None;
                 }

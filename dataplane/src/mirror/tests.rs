@@ -43,8 +43,14 @@ struct Scene {
     rotted: bool,
     /// Writes whenever a seal is out.
     guest: Option<Arena>,
-    /// How often each disk has lost its power.
+    /// How often each disk has lost its power, and was opened anew with it kept.
     power_losses: [u128; 3],
+    openings: [u128; 3],
+    /// Writes that were not answered, and digests of the first region that were asked for.
+    stuck: Vec<RequestId>,
+    digests: u32,
+    /// Disks that found something of theirs gone.
+    suspect: Vec<DiskIndex>,
 }
 
 impl Scene {
@@ -89,6 +95,10 @@ impl Scene {
             rotted: false,
             guest: None,
             power_losses: [0; 3],
+            openings: [0; 3],
+            stuck: Vec::new(),
+            digests: 0,
+            suspect: Vec::new(),
         };
         for disk in [1, 2] {
             scene.mirror.disk_up(DiskUuid(disk), true, &mut scene.out);
@@ -118,7 +128,9 @@ impl Scene {
                             Request::Flush => &self.flushes_lost,
                             _ => &Vec::new(),
                         };
+                        self.digests += u32::from(matches!(request, Request::Digest { region: 0, .. }));
                         if lost.contains(&disk) {
+                            self.stuck.push(id);
                             continue;
                         }
                         if request == Request::Seal {
@@ -182,9 +194,9 @@ impl Scene {
                 self.obeys[d] = generation;
                 let sealed = Sealed {
                     disk: self.mirror.disk(DiskIndex(d as u16)),
-                    boot: BootId(BOOT.0 + self.power_losses[d]),
+                    boot: BootId(BOOT.0 + self.power_losses[d] + self.openings[d]),
                     power: PowerId(6 + self.power_losses[d]),
-                    suspect: false,
+                    suspect: self.suspect.contains(&DiskIndex(d as u16)),
                     chunks: self.held_by(self.mirror.disk(DiskIndex(d as u16))),
                 };
                 self.mirror
@@ -487,6 +499,102 @@ fn a_flush_waits_until_a_disk_that_lost_power_is_dropped() {
         assert_eq!(scene.done.len(), times as usize);
         assert!(scene.mirror.status().stable > stable);
     }
+}
+
+/// Both disks are away, and the one that comes back first has lost records: the other one has what it lacks.
+#[test]
+fn a_disk_that_lost_records_does_not_go_on_without_one_that_did_not() {
+    for power in [true, false] {
+        let arena = Arena::new(1).unwrap();
+        let mut scene = Scene::settled(&arena);
+        scene.undecided = true;
+        scene.disk_goes(2);
+        scene.disk_goes(1);
+        scene.decide(false);
+        scene.read(1, &arena);
+        scene.openings[0] += 1;
+        scene.suspect.push(DiskIndex(0));
+        scene.disk_comes(1);
+        scene.pass(2_100, 6_000);
+        assert_eq!(scene.proposed, [], "neither is given up");
+        assert_eq!(scene.done, []);
+        scene.power_losses[1] += u128::from(!power);
+        scene.disk_comes(2);
+        scene.undecided = false;
+        scene.pass(6_100, 7_000);
+        let mut in_sync = scene.config.chunks[0]
+            .iter()
+            .map(|slot| slot.state == SlotState::InSync);
+        assert_eq!(in_sync.next_back(), Some(true), "the sound one stays in sync");
+        assert_eq!(scene.done, [(OpId(1), Ok(()), true)]);
+    }
+}
+
+/// It has every acknowledged write but for a block: better than nothing.
+#[test]
+fn a_rotten_replica_goes_on_when_it_is_the_last() {
+    let arena = Arena::new(1).unwrap();
+    let mut scene = Scene::settled(&arena);
+    scene.undecided = true;
+    scene.mirror.lose_slots(0, 1, super::chunks::Lost::Rotten);
+    scene.disk_goes(2);
+    scene.config.chunks[0][1].state = SlotState::Stale;
+    scene.config.config += 1;
+    scene.mirror.reconfigured(scene.config.clone(), &mut scene.out);
+    scene.play();
+    scene.decide(false);
+    scene.read(1, &arena);
+    assert_eq!(scene.done, [(OpId(1), Ok(()), true)]);
+}
+
+/// A replica that is rebuilt has a write that the others lack, because they were away: it is copied before they count as equal.
+#[test]
+fn a_write_that_ends_while_its_chunk_is_looked_at_anew_leaves_its_region_to_be_compared() {
+    let arena = Arena::new(1).unwrap();
+    let mut scene = Scene::settled(&arena);
+    scene.undecided = true;
+    scene.writes_lost.push(DiskIndex(0));
+    scene.submit(1, OpKind::Write, &arena);
+    scene.play();
+    scene.disk_goes(1);
+    scene.disk_goes(2);
+    scene.decide(false);
+    scene.undecided = true;
+    scene.openings[0] += 1;
+    scene.disk_comes(1);
+    scene.pass(2_100, 14_000);
+    assert_eq!(scene.done, [(OpId(1), Err(OpError::TimedOut), true)]);
+    assert_ne!(scene.mirror.unsettled, 0);
+}
+
+/// What a write that was given up may still do, it does before its region is compared: afterwards nobody would look again.
+#[test]
+fn a_region_is_not_compared_while_a_write_that_was_given_up_is_on_its_way() {
+    let arena = Arena::new(1).unwrap();
+    let mut scene = Scene::settled(&arena);
+    scene.writes_lost.push(DiskIndex(0));
+    scene.submit(1, OpKind::Write, &arena);
+    let given_up = (OpId(1), Err(OpError::TimedOut), false);
+    for (op, now) in (2..).zip((2_100..14_000).step_by(1_000)) {
+        if !scene.done.contains(&given_up) {
+            scene.digests = 0;
+        }
+        scene.pass(now, now + 900);
+        // The disk answers other things.
+        let (far, out) = (4 << 20, &mut scene.out);
+        let zero = OpKind::Zero { unmap: false };
+        scene
+            .mirror
+            .submit(OpId(op), zero, far, BLOCK as u64, Payload::NONE, &[], out);
+        scene.play();
+    }
+    assert!(scene.done.contains(&given_up));
+    assert_eq!((scene.digests, scene.mirror.unsettled), (0, 1));
+    let stuck = scene.stuck[0];
+    scene.mirror.replied(stuck, Reply::Done, &mut scene.out);
+    scene.play();
+    scene.pass(14_100, 18_000);
+    assert_ne!(scene.digests, 0);
 }
 
 /// A bad block is no error while a replica that may have it is lost for the moment.
