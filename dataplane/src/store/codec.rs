@@ -125,6 +125,15 @@ pub struct Superblock {
     pub volume_capacity: u32,
 }
 
+/// That a disk ended by itself: in this span of power nobody is to believe that it kept what it had completed before.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Ended {
+    /// The opening that ended.
+    pub boot: u128,
+    /// The machine's span of power at that time.
+    pub power: u128,
+}
+
 /// Why a superblock is not one of ours.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum SuperError {
@@ -153,6 +162,22 @@ impl Superblock {
         let hash = blake3::hash(&b[..BLOCK - 32]);
         put(&mut b, BLOCK - 32, hash.as_bytes());
         b
+    }
+
+    /// As a block that also says how the disk ended.
+    pub fn encode_ended(&self, ended: &Ended) -> [u8; BLOCK] {
+        let mut b = self.encode();
+        put(&mut b, 64, &ended.boot.to_le_bytes());
+        put(&mut b, 80, &ended.power.to_le_bytes());
+        let hash = blake3::hash(&b[..BLOCK - 32]);
+        put(&mut b, BLOCK - 32, hash.as_bytes());
+        b
+    }
+
+    /// What an intact block says of how the disk ended; `None`: nothing.
+    pub fn decode_ended(b: &[u8]) -> Option<Ended> {
+        let (boot, power) = (get_u128(b, 64), get_u128(b, 80));
+        (boot != 0).then_some(Ended { boot, power })
     }
 
     /// From a block.

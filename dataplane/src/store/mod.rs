@@ -137,6 +137,12 @@ pub struct Store {
     layout: Layout,
     boot: BootId,
     power: PowerId,
+    /// The machine's span of power.
+    host_power: PowerId,
+    /// Page of the arena for the superblock that says that the disk ended by itself.
+    mark_page: usize,
+    /// It is being written.
+    marking: bool,
     arena: Arena,
     tables: Tables,
     slots: Slots,
@@ -177,6 +183,7 @@ enum Kind {
     Home,
     HomeVerify,
     Table,
+    Ended,
 }
 
 #[inline]
@@ -197,7 +204,7 @@ impl Store {
         self.boot
     }
 
-    /// The span of power it was opened in.
+    /// The span of power that what it holds has survived: the machine's, unless the disk ended by itself in it.
     pub fn power(&self) -> PowerId {
         self.power
     }
@@ -215,7 +222,7 @@ impl Store {
             && !self.flusher.in_flight
             && self.counters.loading == 0;
         if self.failed.is_some() {
-            return quiet && !self.checkpoint.io_under_way();
+            return quiet && !self.checkpoint.io_under_way() && !self.marking;
         }
         quiet && !self.journal.pending() && self.checkpoint.idle()
     }
@@ -513,12 +520,40 @@ impl Store {
         entry.state == ChunkState::Live && entry.chunk == *chunk
     }
 
+    /// Writes to where the next opening reads it that the disk ended by itself: this process may die before anybody else
+    /// knows. Not flushed, since it has to outlive the process and not the power: with that goes the span of power in which
+    /// anybody believes that the disk kept everything. Only the first superblock: a loss of power may tear it, and then
+    /// the copy must be whole.
+    fn mark_ended(&mut self, out: &mut Vec<Effect>) {
+        if self.marking {
+            return;
+        }
+        let ended = codec::Ended {
+            boot: self.boot.0,
+            power: self.host_power.0,
+        };
+        let block = self.layout.superblock.encode_ended(&ended);
+        self.arena.bytes_mut(self.mark_page, 1).copy_from_slice(&block);
+        self.marking = true;
+        out.push(Effect::Io {
+            token: token(Kind::Ended, 0, 0, 0, 0),
+            io: Io::Write {
+                offset: 0,
+                len: BLOCK as u32,
+                data: self.arena.payload(self.mark_page),
+            },
+        });
+    }
+
     /// Ends the disk.
     fn fail(&mut self, reason: Failure, out: &mut Vec<Effect>) {
         if self.failed.is_some() {
             return;
         }
         self.failed = Some(reason);
+        if reason != Failure::Removed {
+            self.mark_ended(out);
+        }
         out.push(Effect::Failed(reason));
         self.ready = List::EMPTY;
         self.journal_wait = List::EMPTY;

@@ -10,8 +10,8 @@ use super::background::CLEANING_MAX;
 use super::cache::{Cache, FRAMES_MIN};
 use super::checkpoint::{self, Checkpoint};
 use super::codec::{
-    CHUNK_ENTRY, CheckpointHeader, ChunkState, NO_WINDOW, RECORD, RECORDS_PER_PAGE, Record, VOLUME_ENTRY,
-    WINDOWS,
+    CHUNK_ENTRY, CheckpointHeader, ChunkState, Ended, NO_WINDOW, RECORD, RECORDS_PER_PAGE, Record,
+    VOLUME_ENTRY, WINDOWS,
 };
 use super::flush::Flusher;
 use super::journal::{self, Journal};
@@ -26,6 +26,7 @@ use super::{DOOR_MAX, Store};
 use crate::disk::{BlockIo, IoError};
 use crate::ids::{BLOCK, BootId, EXTENT, PowerId, Version};
 use crate::memory::Arena;
+use crate::planted::{self, Bug};
 
 /// How to open.
 #[derive(Clone, Copy, Debug)]
@@ -142,20 +143,38 @@ struct Scanned {
 impl Store {
     /// Which disk it is: the one that [`Store::open`] would open, be it by the copy of its superblock.
     pub fn identify(io: &mut dyn BlockIo) -> Option<super::DiskUuid> {
-        let (layout, _) = super::load::superblock(io, &mut super::check::Findings::default()).ok()?;
-        Some(super::DiskUuid(layout.superblock.uuid))
+        let found = super::load::superblock(io, &mut super::check::Findings::default()).ok()?;
+        Some(super::DiskUuid(found.layout.superblock.uuid))
     }
 
     /// Opens a disk.
     ///
     /// # Errors
-    /// See [`OpenError`]. An error leaves the disk as good as it was.
+    /// See [`OpenError`]. An error leaves the disk as good as it was, but for a flush that fails: then what it had completed
+    /// is believed no longer, as when that happens in service.
     pub fn open(io: &mut dyn BlockIo, options: &OpenOptions) -> Result<(Store, OpenReport), OpenError> {
+        let mut watched = Watched { io, failed: false };
+        let opened = Self::open_watched(&mut watched, options);
+        if watched.failed
+            && let Ok(found) = super::load::superblock(io, &mut super::check::Findings::default())
+        {
+            let ended = Ended {
+                boot: options.boot.0,
+                power: options.power.0,
+            };
+            // If this fails too, only the caller knows.
+            io.write(0, &found.layout.superblock.encode_ended(&ended)).ok();
+        }
+        opened
+    }
+
+    fn open_watched(io: &mut dyn BlockIo, options: &OpenOptions) -> Result<(Store, OpenReport), OpenError> {
         let mut findings = super::check::Findings::default();
         let mut loaded = load(io, &mut findings)?;
         if loaded.header.boot == options.boot.0 {
             return Err(OpenError::BootReused);
         }
+        let power = span(loaded.ended, options.power);
         // A killed process may have left journal blocks in the device's cache: durable before any page that holds them.
         io.flush()?;
         let mut scanned = scan(io, &mut loaded, &mut findings)?;
@@ -226,7 +245,7 @@ impl Store {
                 tail,
                 tail_hash,
                 boot: options.boot.0,
-                power: options.power.0,
+                power: power.0,
                 volumes,
                 chunks,
                 clean: false,
@@ -243,7 +262,7 @@ impl Store {
             .min(loaded.layout.record_pages as usize)
             .max(FRAMES_MIN);
         let arena =
-            Arena::new(frames + journal::BUFFERS + checkpoint::PAGES).map_err(|_| OpenError::Memory)?;
+            Arena::new(frames + journal::BUFFERS + checkpoint::PAGES + 1).map_err(|_| OpenError::Memory)?;
         let ring = loaded.layout.superblock.journal_blocks;
         let store = Store {
             cache: Cache::new(frames, loaded.layout.record_pages),
@@ -252,7 +271,10 @@ impl Store {
             seed: loaded.seed,
             layout: loaded.layout,
             boot: options.boot,
-            power: options.power,
+            power,
+            host_power: options.power,
+            mark_page: frames + journal::BUFFERS + checkpoint::PAGES,
+            marking: false,
             arena,
             tables: scanned.tables,
             slots: scanned.slots,
@@ -278,6 +300,51 @@ impl Store {
         };
         const { assert!(CLEANING_MAX > 0) };
         Ok((store, report))
+    }
+}
+
+/// The span of power that what the disk holds has survived. In the one in which it ended by itself it may have lost what
+/// it had completed: what is there now begins a span of its own, one for each such end.
+fn span(ended: Option<Ended>, host: PowerId) -> PowerId {
+    match ended {
+        Some(ended) if ended.power == host.0 && !planted::on(Bug::ForgetFailedFlush) => {
+            PowerId(host.0 ^ ended.boot)
+        }
+        _ => host,
+    }
+}
+
+/// A disk of which it is noticed that a flush failed.
+struct Watched<'a> {
+    io: &'a mut dyn BlockIo,
+    failed: bool,
+}
+
+impl BlockIo for Watched<'_> {
+    fn size(&self) -> u64 {
+        self.io.size()
+    }
+
+    fn read(&mut self, offset: u64, buf: &mut [u8]) -> Result<(), IoError> {
+        self.io.read(offset, buf)
+    }
+
+    fn write(&mut self, offset: u64, buf: &[u8]) -> Result<(), IoError> {
+        self.io.write(offset, buf)
+    }
+
+    fn write_zeroes(&mut self, offset: u64, len: u64) -> Result<(), IoError> {
+        self.io.write_zeroes(offset, len)
+    }
+
+    fn flush(&mut self) -> Result<(), IoError> {
+        let flushed = self.io.flush();
+        self.failed |= flushed.is_err();
+        flushed
+    }
+
+    fn known_zero(&mut self, offset: u64, len: u64) -> bool {
+        self.io.known_zero(offset, len)
     }
 }
 
