@@ -43,13 +43,13 @@ pub(super) fn get_u32(bytes: &[u8], at: usize) -> u32 {
 pub(super) fn get_u64(bytes: &[u8], at: usize) -> u64 {
     u64::from_le_bytes(bytes[at..at + 8].try_into().expect("eight bytes"))
 }
-fn get_u128(bytes: &[u8], at: usize) -> u128 {
+pub(super) fn get_u128(bytes: &[u8], at: usize) -> u128 {
     u128::from_le_bytes(bytes[at..at + 16].try_into().expect("sixteen bytes"))
 }
 fn get_hash(bytes: &[u8], at: usize) -> [u8; 32] {
     bytes[at..at + 32].try_into().expect("thirty-two bytes")
 }
-fn put(bytes: &mut [u8], at: usize, value: &[u8]) {
+pub(super) fn put(bytes: &mut [u8], at: usize, value: &[u8]) {
     bytes[at..at + value.len()].copy_from_slice(value);
 }
 
@@ -125,15 +125,6 @@ pub struct Superblock {
     pub volume_capacity: u32,
 }
 
-/// That a disk ended by itself: in this span of power nobody is to believe that it kept what it had completed before.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Ended {
-    /// The opening that ended.
-    pub boot: u128,
-    /// The machine's span of power at that time.
-    pub power: u128,
-}
-
 /// Why a superblock is not one of ours.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum SuperError {
@@ -162,22 +153,6 @@ impl Superblock {
         let hash = blake3::hash(&b[..BLOCK - 32]);
         put(&mut b, BLOCK - 32, hash.as_bytes());
         b
-    }
-
-    /// As a block that also says how the disk ended.
-    pub fn encode_ended(&self, ended: &Ended) -> [u8; BLOCK] {
-        let mut b = self.encode();
-        put(&mut b, 64, &ended.boot.to_le_bytes());
-        put(&mut b, 80, &ended.power.to_le_bytes());
-        let hash = blake3::hash(&b[..BLOCK - 32]);
-        put(&mut b, BLOCK - 32, hash.as_bytes());
-        b
-    }
-
-    /// What an intact block says of how the disk ended; `None`: nothing.
-    pub fn decode_ended(b: &[u8]) -> Option<Ended> {
-        let (boot, power) = (get_u128(b, 64), get_u128(b, 80));
-        (boot != 0).then_some(Ended { boot, power })
     }
 
     /// From a block.

@@ -4,9 +4,10 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use super::check::{Finding, Findings};
 use super::codec::{
-    BlockHeader, CHUNK_ENTRY, CheckpointHeader, ChunkEntry, Ended, Entry, RECORD, RECORDS_PER_PAGE, Record,
+    BlockHeader, CHUNK_ENTRY, CheckpointHeader, ChunkEntry, Entry, RECORD, RECORDS_PER_PAGE, Record,
     RecordDamaged, Seed, SuperError, Superblock, VOLUME_ENTRY, VolumeEntry,
 };
+use super::ended::Ended;
 use super::layout::{CHUNKS_PER_BLOCK, Layout, VOLUMES_PER_BLOCK};
 use super::slots::WINDOW;
 use crate::disk::{BlockIo, IoError};

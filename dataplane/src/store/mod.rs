@@ -22,6 +22,7 @@ pub mod codec;
 mod complete;
 mod control;
 mod digest;
+mod ended;
 mod flush;
 pub mod format;
 mod free;
@@ -518,31 +519,6 @@ impl Store {
     fn alive(&self, place: u32, chunk: &crate::replica::ChunkRef) -> bool {
         let entry = &self.tables.chunks[place as usize].entry;
         entry.state == ChunkState::Live && entry.chunk == *chunk
-    }
-
-    /// Writes to where the next opening reads it that the disk ended by itself: this process may die before anybody else
-    /// knows. Not flushed, since it has to outlive the process and not the power: with that goes the span of power in which
-    /// anybody believes that the disk kept everything. Only the first superblock: a loss of power may tear it, and then
-    /// the copy must be whole.
-    fn mark_ended(&mut self, out: &mut Vec<Effect>) {
-        if self.marking {
-            return;
-        }
-        let ended = codec::Ended {
-            boot: self.boot.0,
-            power: self.host_power.0,
-        };
-        let block = self.layout.superblock.encode_ended(&ended);
-        self.arena.bytes_mut(self.mark_page, 1).copy_from_slice(&block);
-        self.marking = true;
-        out.push(Effect::Io {
-            token: token(Kind::Ended, 0, 0, 0, 0),
-            io: Io::Write {
-                offset: 0,
-                len: BLOCK as u32,
-                data: self.arena.payload(self.mark_page),
-            },
-        });
     }
 
     /// Ends the disk.

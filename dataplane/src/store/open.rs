@@ -10,9 +10,10 @@ use super::background::CLEANING_MAX;
 use super::cache::{Cache, FRAMES_MIN};
 use super::checkpoint::{self, Checkpoint};
 use super::codec::{
-    CHUNK_ENTRY, CheckpointHeader, ChunkState, Ended, NO_WINDOW, RECORD, RECORDS_PER_PAGE, Record,
-    VOLUME_ENTRY, WINDOWS,
+    CHUNK_ENTRY, CheckpointHeader, ChunkState, NO_WINDOW, RECORD, RECORDS_PER_PAGE, Record, VOLUME_ENTRY,
+    WINDOWS,
 };
+use super::ended::{Ended, Watched, span};
 use super::flush::Flusher;
 use super::journal::{self, Journal};
 use super::layout::{CHUNKS_PER_BLOCK, VOLUMES_PER_BLOCK};
@@ -26,7 +27,6 @@ use super::{DOOR_MAX, Store};
 use crate::disk::{BlockIo, IoError};
 use crate::ids::{BLOCK, BootId, EXTENT, PowerId, Version};
 use crate::memory::Arena;
-use crate::planted::{self, Bug};
 
 /// How to open.
 #[derive(Clone, Copy, Debug)]
@@ -300,51 +300,6 @@ impl Store {
         };
         const { assert!(CLEANING_MAX > 0) };
         Ok((store, report))
-    }
-}
-
-/// The span of power that what the disk holds has survived. In the one in which it ended by itself it may have lost what
-/// it had completed: what is there now begins a span of its own, one for each such end.
-fn span(ended: Option<Ended>, host: PowerId) -> PowerId {
-    match ended {
-        Some(ended) if ended.power == host.0 && !planted::on(Bug::ForgetFailedFlush) => {
-            PowerId(host.0 ^ ended.boot)
-        }
-        _ => host,
-    }
-}
-
-/// A disk of which it is noticed that a flush failed.
-struct Watched<'a> {
-    io: &'a mut dyn BlockIo,
-    failed: bool,
-}
-
-impl BlockIo for Watched<'_> {
-    fn size(&self) -> u64 {
-        self.io.size()
-    }
-
-    fn read(&mut self, offset: u64, buf: &mut [u8]) -> Result<(), IoError> {
-        self.io.read(offset, buf)
-    }
-
-    fn write(&mut self, offset: u64, buf: &[u8]) -> Result<(), IoError> {
-        self.io.write(offset, buf)
-    }
-
-    fn write_zeroes(&mut self, offset: u64, len: u64) -> Result<(), IoError> {
-        self.io.write_zeroes(offset, len)
-    }
-
-    fn flush(&mut self) -> Result<(), IoError> {
-        let flushed = self.io.flush();
-        self.failed |= flushed.is_err();
-        flushed
-    }
-
-    fn known_zero(&mut self, offset: u64, len: u64) -> bool {
-        self.io.known_zero(offset, len)
     }
 }
 

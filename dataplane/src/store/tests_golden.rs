@@ -2,6 +2,7 @@
 
 use super::check::{Finding, Verdict, check};
 use super::codec::*;
+use super::ended::Ended;
 use super::tests_disk::*;
 use super::*;
 use crate::disk::BlockIo;

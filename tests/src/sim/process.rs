@@ -8,7 +8,18 @@ use unibody_dataplane::mirror::{Limits, Mirror, Phase};
 use unibody_dataplane::store::{OpenOptions, Store, layout::Layout};
 
 use super::profile::Damage;
-use super::world::{Checked, Ended, Event, NAME, World, note};
+use super::world::{Checked, Event, NAME, World, note};
+
+/// What a disk that ended by itself remembers of that, in one span of power.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Ended {
+    /// It did not.
+    No,
+    /// Nothing yet: whoever opens it again is obliged to know.
+    Silent,
+    /// It is written where the next opening finds it.
+    Told,
+}
 
 impl World {
     /// The data plane starts: opens its disks, attaches the volume, takes up what the guest has under way.

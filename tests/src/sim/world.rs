@@ -17,6 +17,7 @@ use unibody_dataplane::replica::{Header, Reply, Request, Span};
 use unibody_dataplane::store::{self, FormatOptions, Store, Tag};
 
 use super::disk::{Mishap, VirtualDisk};
+use super::process::Ended;
 use super::profile::{Damage, Profile};
 use super::random::Random;
 use super::script::Crash;
@@ -158,17 +159,6 @@ pub(super) struct Node {
     pub(super) ended: Ended,
     /// The first superblock may be torn, though nothing damaged the disk.
     pub(super) torn: bool,
-}
-
-/// What a disk that ended by itself remembers of that, in one span of power.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Ended {
-    /// It did not.
-    No,
-    /// Nothing yet: whoever opens it again is obliged to know.
-    Silent,
-    /// It is written where the next opening finds it.
-    Told,
 }
 
 /// See the module.
