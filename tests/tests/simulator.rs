@@ -55,6 +55,7 @@ const PROBES: &[&str] = &[
     "disk lost power",
     "disk replaced",
     "edges merged",
+    "end remembered",
     "flush error",
     "journal blocks replayed",
     "killed",
