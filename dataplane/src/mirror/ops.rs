@@ -432,9 +432,9 @@ impl Mirror {
             return;
         }
         if piece.again {
-            // Only to lost disks is anything out; the piece is done over once its chunk is ready again.
+            // Only to lost disks is anything out; the piece is done over once its chunk is ready again. Some may have it, and
+            // it may end undone.
             (piece.again, piece.need, piece.acked, piece.no_space) = (false, 0, 0, 0);
-            // Some may have it, and it may end undone.
             if piece.since != Version::ZERO {
                 self.unsettle(c, region);
             }
@@ -898,8 +898,7 @@ impl Mirror {
             self.refused(c, slot, pending.incarnation, status, p, out);
         }
         if self.pieces[p].stage == Stage::Ended {
-            // Its region may be waited for.
-            self.tasks_due = true;
+            self.tasks_due = true; // Its region may be waited for.
             return self.let_go(p, out);
         }
         if let Purpose::Edge { edge, .. } = pending.purpose {
