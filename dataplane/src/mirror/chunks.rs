@@ -546,14 +546,10 @@ impl Mirror {
         let mut changed = false;
         for (i, slot) in chunk.slots.iter_mut().enumerate() {
             let bit = 1u8 << i;
-            // The others have every acknowledged write, since nothing is acknowledged before they are dropped. When no
-            // better one is left they go on.
+            // Nothing is acknowledged before they are dropped: when no better one is left they go on.
             let last = trusted == 0 && (slot.present || !self.disks[usize::from(slot.disk)].sealed);
-            let counts = match slot.lost {
-                Lost::Disk => true,
-                Lost::NoSpace | Lost::Rotten | Lost::Doubted => last,
-                Lost::Data | Lost::No => false,
-            };
+            let has_all = matches!(slot.lost, Lost::NoSpace | Lost::Rotten | Lost::Doubted);
+            let counts = slot.lost == Lost::Disk || has_all && last;
             if chunk.in_sync & bit == 0 || !counts {
                 continue;
             }
@@ -600,15 +596,12 @@ impl Mirror {
             let all = silent == 0 || planted::on(Bug::SkipSeal);
             // What may have forgotten something does not go on without one that has not, and that may come yet.
             if all || kept & clean != 0 && waited {
-                let mut power_lost = kept == 0;
-                let mut chosen = if power_lost { back } else { kept };
-                if chosen & clean != 0 {
-                    chosen &= clean;
-                } else if back & clean != 0 {
-                    // One that lost power knows what was flushed, one that is suspect perhaps not even that.
-                    chosen |= back & clean;
-                    power_lost = true;
-                }
+                let sure = if kept == 0 { back } else { kept };
+                let (chosen, power_lost) = match sure & clean {
+                    // One that lost power knows what was flushed.
+                    0 => (sure | back & clean, kept == 0 || back & clean != 0),
+                    sound => (sound, kept == 0),
+                };
                 self.choose(c, chosen, back, power_lost, out);
                 changed = true;
             }
