@@ -54,8 +54,6 @@ pub enum Bug {
     FreeJournalEarly,
     /// Store: blocks of regions found dirty at open are served unchecked.
     IgnoreInDoubt,
-    /// Store: a disk that ended by itself is opened again in that span of power as if it had kept everything.
-    ForgetFailedFlush,
     /// Mirror: an owner without a lease believes one replica.
     ReadUnconfirmed,
     /// Store: a chunk is marked clean though a write in it is above the stable version.
@@ -121,7 +119,6 @@ impl Bug {
         Bug::IgnoreInDoubt,
         Bug::CleanMarkRace,
         Bug::CleanAboveStable,
-        Bug::ForgetFailedFlush,
     ];
     /// Those in the simulator's models of link, agent and leader.
     pub const CLUSTER: &'static [Bug] = &[

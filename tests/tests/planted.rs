@@ -31,7 +31,6 @@ const FOUND: &[(Bug, u64)] = &[
     (Bug::PromoteWithoutFlush, 120),
     (Bug::SkipReconcile, 200),
     (Bug::AckBeforeCommit, 300),
-    (Bug::ForgetFailedFlush, 500),
 ];
 
 /// The first seed that finds the bug, and how.

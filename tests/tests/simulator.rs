@@ -55,7 +55,6 @@ const PROBES: &[&str] = &[
     "disk lost power",
     "disk replaced",
     "edges merged",
-    "end remembered",
     "flush error",
     "journal blocks replayed",
     "killed",

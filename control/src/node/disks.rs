@@ -249,7 +249,7 @@ pub(crate) fn open(
         chunks: store.chunks().collect(),
         uuid: store.uuid(),
         boot,
-        power: store.power(),
+        power,
         bytes: store.stats().capacity_bytes,
         kind: info.kind,
         inline: memory && !faults,

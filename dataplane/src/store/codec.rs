@@ -43,13 +43,13 @@ pub(super) fn get_u32(bytes: &[u8], at: usize) -> u32 {
 pub(super) fn get_u64(bytes: &[u8], at: usize) -> u64 {
     u64::from_le_bytes(bytes[at..at + 8].try_into().expect("eight bytes"))
 }
-pub(super) fn get_u128(bytes: &[u8], at: usize) -> u128 {
+fn get_u128(bytes: &[u8], at: usize) -> u128 {
     u128::from_le_bytes(bytes[at..at + 16].try_into().expect("sixteen bytes"))
 }
 fn get_hash(bytes: &[u8], at: usize) -> [u8; 32] {
     bytes[at..at + 32].try_into().expect("thirty-two bytes")
 }
-pub(super) fn put(bytes: &mut [u8], at: usize, value: &[u8]) {
+fn put(bytes: &mut [u8], at: usize, value: &[u8]) {
     bytes[at..at + value.len()].copy_from_slice(value);
 }
 

@@ -36,16 +36,10 @@ impl Store {
         } else if kind == Kind::Flush as u8 {
             if !ok || self.failed.is_some() {
                 self.flusher.in_flight = false;
-                if !ok && self.failed == Some(Failure::Removed) {
-                    self.mark_ended(out);
-                }
                 self.fail(Failure::Flush, out);
             } else if self.failed.is_none() {
                 self.flushed(out);
             }
-        } else if kind == Kind::Ended as u8 {
-            // Written or not: the store can do no more about it.
-            self.marking = false;
         } else {
             self.checkpoint_completed(kind, index, &completion, out);
         }

@@ -7,7 +7,6 @@ use super::codec::{
     BlockHeader, CHUNK_ENTRY, CheckpointHeader, ChunkEntry, Entry, RECORD, RECORDS_PER_PAGE, Record,
     RecordDamaged, Seed, SuperError, Superblock, VOLUME_ENTRY, VolumeEntry,
 };
-use super::ended::Ended;
 use super::layout::{CHUNKS_PER_BLOCK, Layout, VOLUMES_PER_BLOCK};
 use super::slots::WINDOW;
 use crate::disk::{BlockIo, IoError};
@@ -40,7 +39,6 @@ pub(super) struct Loaded {
     pub(super) seed: Seed,
     /// The superblock at the start must be written anew.
     pub(super) superblock_lost: bool,
-    pub(super) ended: Option<Ended>,
     pub(super) header: CheckpointHeader,
     pub(super) area: usize,
     pub(super) chunks: Vec<ChunkEntry>,
@@ -59,11 +57,7 @@ pub(super) struct Loaded {
 
 /// Reads superblock, checkpoint and journal.
 pub(super) fn load(io: &mut dyn BlockIo, findings: &mut Findings) -> Result<Loaded, LoadError> {
-    let Found {
-        layout,
-        lost: superblock_lost,
-        ended,
-    } = superblock(io, findings)?;
+    let (layout, superblock_lost) = superblock(io, findings)?;
     let seed = Seed::new(layout.superblock.uuid);
     let mut rot = false;
     let mut headers = [None; 2];
@@ -91,7 +85,6 @@ pub(super) fn load(io: &mut dyn BlockIo, findings: &mut Findings) -> Result<Load
             layout,
             seed,
             superblock_lost,
-            ended,
             header,
             area,
             chunks,
@@ -108,17 +101,8 @@ pub(super) fn load(io: &mut dyn BlockIo, findings: &mut Findings) -> Result<Load
     Err(LoadError::Checkpoints)
 }
 
-/// What the superblock says.
-pub(super) struct Found {
-    pub(super) layout: Layout,
-    /// It is lost, and the copy says so.
-    lost: bool,
-    /// How the disk ended: only the first block is told.
-    ended: Option<Ended>,
-}
-
-/// The superblock, or where that is lost its copy.
-pub(super) fn superblock(io: &mut dyn BlockIo, findings: &mut Findings) -> Result<Found, LoadError> {
+/// The superblock, or where that is lost its copy: then true.
+pub(super) fn superblock(io: &mut dyn BlockIo, findings: &mut Findings) -> Result<(Layout, bool), LoadError> {
     let block = BLOCK as u64;
     let size = io.size() / block * block;
     if size < 2 * block {
@@ -157,12 +141,7 @@ pub(super) fn superblock(io: &mut dyn BlockIo, findings: &mut Findings) -> Resul
         return Err(LoadError::Short { needed, found: size });
     }
     let layout = Layout::new(superblock).ok_or(LoadError::Superblock)?;
-    let ended = if lost {
-        None
-    } else {
-        Superblock::decode_ended(&first)
-    };
-    Ok(Found { layout, lost, ended })
+    Ok((layout, lost))
 }
 
 type TableEntries = (Vec<VolumeEntry>, Vec<ChunkEntry>);

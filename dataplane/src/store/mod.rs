@@ -22,7 +22,6 @@ pub mod codec;
 mod complete;
 mod control;
 mod digest;
-mod ended;
 mod flush;
 pub mod format;
 mod free;
@@ -138,12 +137,6 @@ pub struct Store {
     layout: Layout,
     boot: BootId,
     power: PowerId,
-    /// The machine's span of power.
-    host_power: PowerId,
-    /// Page of the arena for the superblock that says that the disk ended by itself.
-    mark_page: usize,
-    /// It is being written.
-    marking: bool,
     arena: Arena,
     tables: Tables,
     slots: Slots,
@@ -184,7 +177,6 @@ enum Kind {
     Home,
     HomeVerify,
     Table,
-    Ended,
 }
 
 #[inline]
@@ -205,7 +197,7 @@ impl Store {
         self.boot
     }
 
-    /// The span of power that what it holds has survived: the machine's, unless the disk ended by itself in it.
+    /// The span of power it was opened in.
     pub fn power(&self) -> PowerId {
         self.power
     }
@@ -223,7 +215,7 @@ impl Store {
             && !self.flusher.in_flight
             && self.counters.loading == 0;
         if self.failed.is_some() {
-            return quiet && !self.checkpoint.io_under_way() && !self.marking;
+            return quiet && !self.checkpoint.io_under_way();
         }
         quiet && !self.journal.pending() && self.checkpoint.idle()
     }
@@ -527,9 +519,6 @@ impl Store {
             return;
         }
         self.failed = Some(reason);
-        if reason != Failure::Removed {
-            self.mark_ended(out);
-        }
         out.push(Effect::Failed(reason));
         self.ready = List::EMPTY;
         self.journal_wait = List::EMPTY;

@@ -13,7 +13,6 @@ use super::codec::{
     CHUNK_ENTRY, CheckpointHeader, ChunkState, NO_WINDOW, RECORD, RECORDS_PER_PAGE, Record, VOLUME_ENTRY,
     WINDOWS,
 };
-use super::ended::{Ended, Watched, span};
 use super::flush::Flusher;
 use super::journal::{self, Journal};
 use super::layout::{CHUNKS_PER_BLOCK, VOLUMES_PER_BLOCK};
@@ -143,38 +142,20 @@ struct Scanned {
 impl Store {
     /// Which disk it is: the one that [`Store::open`] would open, be it by the copy of its superblock.
     pub fn identify(io: &mut dyn BlockIo) -> Option<super::DiskUuid> {
-        let found = super::load::superblock(io, &mut super::check::Findings::default()).ok()?;
-        Some(super::DiskUuid(found.layout.superblock.uuid))
+        let (layout, _) = super::load::superblock(io, &mut super::check::Findings::default()).ok()?;
+        Some(super::DiskUuid(layout.superblock.uuid))
     }
 
     /// Opens a disk.
     ///
     /// # Errors
-    /// See [`OpenError`]. An error leaves the disk as good as it was, but for a flush that fails: then what it had completed
-    /// is believed no longer, as when that happens in service.
+    /// See [`OpenError`]. An error leaves the disk as good as it was.
     pub fn open(io: &mut dyn BlockIo, options: &OpenOptions) -> Result<(Store, OpenReport), OpenError> {
-        let mut watched = Watched { io, failed: false };
-        let opened = Self::open_watched(&mut watched, options);
-        if watched.failed
-            && let Ok(found) = super::load::superblock(io, &mut super::check::Findings::default())
-        {
-            let ended = Ended {
-                boot: options.boot.0,
-                power: options.power.0,
-            };
-            // If this fails too, only the caller knows.
-            io.write(0, &found.layout.superblock.encode_ended(&ended)).ok();
-        }
-        opened
-    }
-
-    fn open_watched(io: &mut dyn BlockIo, options: &OpenOptions) -> Result<(Store, OpenReport), OpenError> {
         let mut findings = super::check::Findings::default();
         let mut loaded = load(io, &mut findings)?;
         if loaded.header.boot == options.boot.0 {
             return Err(OpenError::BootReused);
         }
-        let power = span(loaded.ended, options.power);
         // A killed process may have left journal blocks in the device's cache: durable before any page that holds them.
         io.flush()?;
         let mut scanned = scan(io, &mut loaded, &mut findings)?;
@@ -245,7 +226,7 @@ impl Store {
                 tail,
                 tail_hash,
                 boot: options.boot.0,
-                power: power.0,
+                power: options.power.0,
                 volumes,
                 chunks,
                 clean: false,
@@ -262,7 +243,7 @@ impl Store {
             .min(loaded.layout.record_pages as usize)
             .max(FRAMES_MIN);
         let arena =
-            Arena::new(frames + journal::BUFFERS + checkpoint::PAGES + 1).map_err(|_| OpenError::Memory)?;
+            Arena::new(frames + journal::BUFFERS + checkpoint::PAGES).map_err(|_| OpenError::Memory)?;
         let ring = loaded.layout.superblock.journal_blocks;
         let store = Store {
             cache: Cache::new(frames, loaded.layout.record_pages),
@@ -271,10 +252,7 @@ impl Store {
             seed: loaded.seed,
             layout: loaded.layout,
             boot: options.boot,
-            power,
-            host_power: options.power,
-            mark_page: frames + journal::BUFFERS + checkpoint::PAGES,
-            marking: false,
+            power: options.power,
             arena,
             tables: scanned.tables,
             slots: scanned.slots,

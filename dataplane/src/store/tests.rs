@@ -2,7 +2,6 @@
 
 use super::tests_disk::*;
 use super::*;
-use crate::disk::IoError;
 use crate::ids::*;
 use crate::replica::{ExtentImage, Status};
 
@@ -219,90 +218,6 @@ fn a_failed_write_or_flush_ends_the_disk() {
         );
         assert!(rig.store.idle());
     }
-}
-
-/// After a failed flush the process may die before anybody else knows. The disk itself says so, for as long as the span of
-/// power lasts in which it would be believed.
-#[test]
-fn a_disk_that_failed_says_so_in_its_span_of_power() {
-    let open = |disk: &mut SimDisk, boot, power| {
-        let options = OpenOptions {
-            power: PowerId(power),
-            ..options(boot)
-        };
-        Store::open(disk, &options).map(|(store, _)| store.power().0)
-    };
-    let written = |rig: &mut Rig| {
-        let write = rig.stamped(0, span(chunk(0, 1), 0, 0, 1), 1);
-        assert_eq!(rig.ask(header(1, 0), write), Reply::Done);
-    };
-    // The flush fails, as the first thing that does or after the disk was taken out of service.
-    for removed in [false, true] {
-        let mut rig = rig();
-        written(&mut rig);
-        rig.submit(header(1, 0), Request::Flush);
-        rig.batch();
-        if removed {
-            rig.remove();
-        }
-        rig.disk.forget();
-        rig.break_io(0);
-        assert!(!rig.store.idle(), "it is not let go before it has said so");
-        rig.drain();
-        assert!(rig.store.idle());
-        let mut disk = rig.disk;
-        assert_eq!(check(&mut disk, &mut |_, _| {}).verdict, Verdict::Clean);
-        assert_eq!(Store::identify(&mut disk), Some(DiskUuid(0x1234_5678)));
-        let ended = open(&mut disk, 2, 9).unwrap();
-        assert_ne!(ended, 9, "what it lost would not be missed");
-        assert_eq!(open(&mut disk, 3, 9), Ok(ended), "nothing was lost since");
-        let mut rig = Rig::open(disk, 4).0;
-        assert_eq!(rig.store.power().0, ended);
-        assert!(
-            matches!(rig.ask(header(2, 0), Request::Seal), Reply::Sealed(sealed) if sealed.power.0 == ended)
-        );
-        rig.submit(header(2, 0), Request::Flush);
-        rig.batch();
-        rig.break_io(0);
-        rig.drain();
-        let mut disk = rig.disk;
-        let again = open(&mut disk, 5, 9).unwrap();
-        assert!(again != 9 && again != ended, "it ended once more");
-        assert_eq!(
-            open(&mut disk, 6, 10),
-            Ok(10),
-            "the power was lost, or the end recorded"
-        );
-    }
-    // Any write that fails is a sign that the device may have forgotten more; only who takes it out knows that it has not.
-    for removed in [false, true] {
-        let mut rig = rig();
-        let write = rig.stamped(0, span(chunk(0, 1), 0, 0, 1), 1);
-        rig.submit(header(1, 0), write);
-        rig.batch();
-        if removed {
-            rig.remove();
-        } else {
-            rig.break_io(0);
-        }
-        rig.drain();
-        assert_eq!(open(&mut rig.disk, 2, 9) == Ok(9), removed);
-    }
-    // A flush of an opening fails: what a killed process had left in the device's cache is gone.
-    let mut failures = 0;
-    loop {
-        let mut rig = rig();
-        written(&mut rig);
-        let mut disk = rig.disk;
-        disk.forgetful = Some(failures);
-        match open(&mut disk, 2, 9) {
-            Ok(power) => break assert_eq!(power, 9),
-            failed => assert_eq!(failed, Err(OpenError::Io(IoError::Media))),
-        }
-        assert_ne!(open(&mut disk, 3, 9), Ok(9), "after flush {failures}");
-        failures += 1;
-    }
-    assert!(failures > 2, "an opening flushes more than once");
 }
 
 /// Many more record pages than frames, many requests at once, a ring that wraps again and again.

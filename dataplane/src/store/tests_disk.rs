@@ -34,8 +34,6 @@ pub(super) struct SimDisk {
     /// Blocks that can not be read.
     pub(super) unreadable: Vec<u64>,
     pub(super) writes: u64,
-    /// Flushes until one fails and what it was to save is gone.
-    pub(super) forgetful: Option<u64>,
 }
 
 impl SimDisk {
@@ -48,14 +46,7 @@ impl SimDisk {
             fuse: None,
             unreadable: Vec::new(),
             writes: 0,
-            forgetful: None,
         }
-    }
-
-    /// What was not flushed is gone.
-    pub(super) fn forget(&mut self) {
-        self.cached.clear();
-        self.live.copy_from_slice(&self.durable);
     }
 
     fn burn(&mut self) -> Result<(), IoError> {
@@ -131,14 +122,6 @@ impl BlockIo for SimDisk {
     }
     fn flush(&mut self) -> Result<(), IoError> {
         self.burn()?;
-        if let Some(left) = &mut self.forgetful {
-            if *left == 0 {
-                self.forgetful = None;
-                self.forget();
-                return Err(IoError::Media);
-            }
-            *left -= 1;
-        }
         self.flush_to(u64::MAX);
         Ok(())
     }
@@ -289,11 +272,6 @@ impl Rig {
         self.store.tick(now, &mut self.out);
         self.take();
         self.batch();
-    }
-
-    pub(super) fn remove(&mut self) {
-        self.store.remove(&mut self.out);
-        self.take();
     }
 
     pub(super) fn close(&mut self) {

@@ -175,13 +175,6 @@ impl VirtualDisk {
             .is_some_and(|f| matches!(f.io, Io::Write { .. } | Io::WriteZeroes { .. } | Io::Flush))
     }
 
-    /// Whether the I/O writes the first block, and will.
-    pub fn writes_first(&self, serial: u64) -> bool {
-        self.flying
-            .get(&serial)
-            .is_some_and(|f| matches!(f.io, Io::Write { offset: 0, .. }) && f.mishap.is_none())
-    }
-
     /// Whether the I/O is a flush that will fail and lose what it was to save.
     pub fn forgets(&self, serial: u64) -> bool {
         self.flying

@@ -10,17 +10,6 @@ use unibody_dataplane::store::{OpenOptions, Store, layout::Layout};
 use super::profile::Damage;
 use super::world::{Checked, Event, NAME, World, note};
 
-/// What a disk that ended by itself remembers of that, in one span of power.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Ended {
-    /// It did not.
-    No,
-    /// Nothing yet: whoever opens it again is obliged to know.
-    Silent,
-    /// It is written where the next opening finds it.
-    Told,
-}
-
 impl World {
     /// The data plane starts: opens its disks, attaches the volume, takes up what the guest has under way.
     pub(super) fn start(&mut self, owner: u64) -> Checked {
@@ -77,16 +66,9 @@ impl World {
             self.faulty && self.random.one_in(self.profile.open_crash),
         );
         let calls = self.random.below(120);
-        let (fresh, recorded) = (PowerId(self.random.name()), self.random.one_in(3));
         let there = &mut self.nodes[node];
         if there.gone || there.store.is_some() {
             return Ok(());
-        }
-        // The control state records that a disk ended by itself before it is opened again, unless the process dies first.
-        match there.ended {
-            Ended::Silent => (there.power, there.ended) = (fresh, Ended::No),
-            Ended::Told if recorded => (there.power, there.ended) = (fresh, Ended::No),
-            Ended::No | Ended::Told => {}
         }
         there.boot += 1;
         there.line += 1;
@@ -116,12 +98,7 @@ impl World {
                 self.add("regions in doubt", report.in_doubt_regions);
                 self.add("clean openings", u64::from(report.clean));
                 self.add("damage found at opening", u64::from(!report.damage.is_empty()));
-                let there = &mut self.nodes[node];
-                let torn = usize::from(std::mem::take(&mut there.torn));
-                if std::mem::replace(&mut there.ended, Ended::No) == Ended::Told {
-                    self.count("end remembered");
-                }
-                if report.damage.len() > torn && self.profile.damage == Damage::None {
+                if !report.damage.is_empty() && self.profile.damage == Damage::None {
                     return Err(format!("disk {node} was found damaged: {:?}", report.damage));
                 }
                 let uuid = self.nodes[node].uuid;
@@ -160,7 +137,7 @@ impl World {
         let power = PowerId(self.random.name());
         let there = &mut self.nodes[node];
         there.disk.power_loss(&mut self.random);
-        (there.power, there.ended) = (power, Ended::No);
+        there.power = power;
         self.power_was_lost = true;
     }
 
@@ -244,7 +221,7 @@ impl World {
         for there in &mut self.nodes {
             if power {
                 there.disk.power_loss(&mut self.random);
-                (there.power, there.ended) = (power_id, Ended::No);
+                there.power = power_id;
             } else {
                 there.disk.kill(&mut self.random);
             }
@@ -521,10 +498,6 @@ impl World {
                 self.count("weak block");
             }
             return;
-        }
-        if block == 0 && there.ended == Ended::Told {
-            // The copy does not say it.
-            there.ended = Ended::Silent;
         }
         note!(self, "rot {node} {block:x}");
         let what = self.nodes[node]

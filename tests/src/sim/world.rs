@@ -17,7 +17,6 @@ use unibody_dataplane::replica::{Header, Reply, Request, Span};
 use unibody_dataplane::store::{self, FormatOptions, Store, Tag};
 
 use super::disk::{Mishap, VirtualDisk};
-use super::process::Ended;
 use super::profile::{Damage, Profile};
 use super::random::Random;
 use super::script::Crash;
@@ -156,9 +155,6 @@ pub(super) struct Node {
     pub(super) last_out: u64,
     pub(super) batched: bool,
     pub(super) failed: bool,
-    pub(super) ended: Ended,
-    /// The first superblock may be torn, though nothing damaged the disk.
-    pub(super) torn: bool,
 }
 
 /// See the module.
@@ -306,8 +302,6 @@ impl World {
             last_out: 0,
             batched: false,
             failed: false,
-            ended: Ended::No,
-            torn: false,
         }
     }
 
@@ -503,8 +497,6 @@ impl World {
                         delay *= 100;
                         self.count("slow I/O");
                     }
-                    // Never flushed: a loss of power may tear it.
-                    self.nodes[node].torn |= matches!(io, Io::Write { offset: 0, .. });
                     let serial = self.nodes[node].disk.submit(token, io, mishap, &mut self.random);
                     note!(self, "io {node} {serial} {token:x?} {} {mishap:?}", brief_io(&io));
                     self.after(delay, Event::Done { node, boot, serial });
@@ -548,8 +540,6 @@ impl World {
                     note!(self, "disk {node} failed {failure:?}");
                     self.count("disk ended itself");
                     self.nodes[node].failed = true;
-                    // From now on nobody believes that it kept what it had completed.
-                    self.power_was_lost = true;
                     let delay = self.random.range(1_000, 2_000_000);
                     self.after(delay, Event::Open { node, boot });
                 }
@@ -584,12 +574,10 @@ impl World {
             return Ok(());
         }
         if there.disk.forgets(serial) {
-            // A failed flush is as good as a loss of power: what had completed may be gone.
-            there.ended = Ended::Silent;
+            // A failed flush is as good as a loss of power: what had completed may be gone. Whoever opens the disk again
+            // is obliged to say so by another span of power.
+            there.power = PowerId(self.random.name());
             self.power_was_lost = true;
-        }
-        if there.disk.writes_first(serial) {
-            there.ended = Ended::Told;
         }
         let there = &mut self.nodes[node];
         let point = there.disk.is_change(serial);
