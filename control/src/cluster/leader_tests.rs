@@ -413,20 +413,6 @@ fn a_vm_that_can_not_run_elsewhere_has_no_place_on_a_node_that_is_gone() {
     assert_eq!(large.vms["large"].node, Some(NodeId(2)));
 }
 
-/// A node of three is gone for long, and every volume has three copies: nothing can be made whole elsewhere, and its disks are in
-/// service again as soon as it is back.
-#[test]
-fn disks_of_a_lost_node_stay_where_there_is_no_other_place() {
-    for (nodes, leave) in [(3, 0), (4, 2)] {
-        let mut state = cluster(nodes);
-        volume_of(&mut state, "v", 3, Some(1));
-        let mut life: BTreeMap<_, _> = state.nodes.keys().map(|&node| (node, Life::Alive)).collect();
-        life.insert(NodeId(3), Life::Lost);
-        let leaving = |duty: &Duty| matches!(duty, Duty::Do(Command::DiskLeave { .. }));
-        assert_eq!(duties(&state, &life).into_iter().filter(leaving).count(), leave);
-    }
-}
-
 #[test]
 fn a_node_owns_no_more_volumes_than_its_data_plane_takes() {
     let mut state = cluster(2);

@@ -9,7 +9,7 @@ use std::borrow::Cow;
 
 use super::leader::Life;
 use crate::planner;
-use crate::state::{Command, Disk, DiskRecord, NodeId, Replica, ReplicaState, State, Volume};
+use crate::state::{Command, Disk, NodeId, Replica, ReplicaState, State, Volume};
 
 /// Most replicas given another place in one round.
 const MOVES_MAX: usize = 512;
@@ -37,22 +37,13 @@ pub fn disks(state: &State, life: &impl Fn(NodeId) -> Life) -> Vec<Command> {
     commands
 }
 
-/// Disks that are to leave and do not yet: of lost nodes, if something on them can be made whole elsewhere; else their chunks
-/// have a copy less until the node is back, and it is in service again at once. Of a drained node one at a time, so that the others are kept if the draining is
+/// Disks that are to leave and do not yet. Of a drained node one at a time, so that the others are kept if the draining is
 /// ended, and only what has somewhere to go.
 fn begin(state: &State, life: &impl Fn(NodeId) -> Life) -> Vec<Command> {
     let mut begun = Vec::new();
-    let lost = |record: &DiskRecord| !record.out && life(record.node) == Life::Lost;
-    if state.disks.values().any(lost) {
-        // None of them is a place for what is on another.
-        let mut without = state.clone();
-        for record in without.disks.values_mut().filter(|record| lost(record)) {
-            record.out = true;
-        }
-        for (disk, _) in state.disks.iter().filter(|(_, record)| lost(record)) {
-            if goes(&without, *disk) {
-                begun.push(Command::DiskLeave { disk: disk.0 });
-            }
+    for (disk, record) in &state.disks {
+        if !record.out && life(record.node) == Life::Lost {
+            begun.push(Command::DiskLeave { disk: disk.0 });
         }
     }
     for (node, _) in state.nodes.iter().filter(|(_, node)| node.drain) {
