@@ -97,21 +97,20 @@ impl State {
     /// A disk may change its domain only where no chunk on it has another replica there; what leaves does not count. One that
     /// keeps it may share it with the successor of a replica.
     fn check_domain(&self, disk: DiskUuid, domain: &str) -> Result<(), Refused> {
-        if self.leaves(Disk(disk)) || self.domain_of(Disk(disk)) == Some(domain) {
+        if self.domain_of(Disk(disk)) == Some(domain) {
             return Ok(());
         }
-        let clashes = |slots: &Vec<Replica>| {
-            slots.iter().any(|slot| slot.disk.0 == disk)
-                && slots.iter().any(|slot| {
-                    slot.disk.0 != disk
-                        && !self.leaves(slot.disk)
-                        && self.domain_of(slot.disk) == Some(domain)
-                })
+        let after = |other: Disk| match other.0 == disk {
+            true => Some(domain),
+            false => self.domain_of(other),
+        };
+        let clashes = |volume: &super::Volume, slots: &Vec<Replica>| {
+            slots.iter().any(|slot| slot.disk.0 == disk) && !self.apart_as(volume, slots, after)
         };
         let clash = self
             .volumes
             .iter()
-            .find(|(_, volume)| volume.chunks.iter().any(clashes));
+            .find(|(_, volume)| volume.chunks.iter().any(|slots| clashes(volume, slots)));
         match clash {
             Some((volume, _)) => Err(Refused::Domain {
                 disk: Disk(disk),

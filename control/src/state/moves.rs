@@ -59,10 +59,26 @@ impl State {
     /// Whether a chunk has its replicas in distinct domains, those aside that are on disks that leave; with one more than it
     /// needs two may share a domain.
     pub(super) fn apart(&self, volume: &Volume, slots: &[Replica]) -> bool {
+        self.apart_as(volume, slots, |disk| self.domain_of(disk))
+    }
+
+    /// The same if disks were in these domains.
+    pub(super) fn apart_as<'a>(
+        &self,
+        volume: &Volume,
+        slots: &[Replica],
+        domain_of: impl Fn(Disk) -> Option<&'a str>,
+    ) -> bool {
         let mut domains = BTreeSet::new();
         let mut staying = slots.iter().filter(|slot| !self.leaves(slot.disk));
-        staying.all(|slot| domains.insert(self.domain_of(slot.disk)))
-            || volume.has_spare(slots) && self.domains(slots.iter()).len() >= volume.mirror as usize
+        let all = || {
+            slots
+                .iter()
+                .map(|slot| domain_of(slot.disk))
+                .collect::<BTreeSet<_>>()
+        };
+        staying.all(|slot| domains.insert(domain_of(slot.disk)))
+            || volume.has_spare(slots) && all().len() >= volume.mirror as usize
     }
 
     /// Whether a chunk could do without its replica on a disk: what is left would be as many as are wanted, in as many domains.

@@ -4,7 +4,6 @@
 //! the first node that is over, and nothing of the local one may be left.
 
 use std::borrow::Cow;
-use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 use unibody_dataplane::ids::DiskUuid;
@@ -120,27 +119,20 @@ impl State {
         Ok(Applied::Done)
     }
 
-    /// Another domain for a node, where its disks follow: no chunk may have two replicas there afterwards.
+    /// Another domain for a node, where its disks follow: every chunk has its replicas in distinct domains afterwards.
     fn check_node_domain(&self, node: NodeId, domain: &str) -> Result<(), Refused> {
         let follows = |disk: &Disk| {
             let record = &self.disks[disk];
             record.node == node && record.domain.is_empty()
         };
-        let after: BTreeMap<Disk, &str> = self
-            .disks
-            .keys()
-            .map(|disk| match follows(disk) {
-                true => (*disk, domain),
-                false => (*disk, self.domain_of(*disk).unwrap_or_default()),
-            })
-            .collect();
+        let after = |disk: Disk| match follows(&disk) {
+            true => Some(domain),
+            false => self.domain_of(disk),
+        };
         for (name, volume) in &self.volumes {
             for slots in &volume.chunks {
-                let staying = slots.iter().map(|slot| slot.disk);
-                let staying = staying.filter(|disk| !self.leaves(*disk));
-                let there = staying.clone().filter(|disk| after[disk] == domain);
-                if let Some(disk) = staying.clone().find(follows)
-                    && there.count() > 1
+                if let Some(disk) = slots.iter().map(|slot| slot.disk).find(follows)
+                    && !self.apart_as(volume, slots, after)
                 {
                     return Err(Refused::Domain {
                         disk,
