@@ -4,6 +4,7 @@ use std::collections::BTreeSet;
 
 use unibody_control::cluster::goes;
 use unibody_control::state::{Replica, ReplicaState};
+use unibody_dataplane::config::SlotState;
 use unibody_dataplane::ids::{ChunkKey, REGIONS_PER_CHUNK, Version};
 use unibody_dataplane::mirror::{OpKind, Phase};
 use unibody_dataplane::replica::{ChunkRef, ExtentImage, Header, Reply, Request};
@@ -199,6 +200,10 @@ impl Cluster {
             let mut first: Option<(usize, Vec<ExtentImage>)> = None;
             for slot in &config.chunks[chunk as usize] {
                 let drive = self.drive(slot.disk).ok_or("a replica on an unknown disk")?;
+                // The scrub gives up a replica whose blocks do not stay good, and there may be no other place.
+                if self.victim == Some(drive) && slot.state == SlotState::Stale {
+                    continue;
+                }
                 let key = ChunkKey {
                     volume: config.id,
                     layer: config.head,
