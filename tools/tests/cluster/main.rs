@@ -215,30 +215,3 @@ fn a_node_is_replaced_by_one_with_empty_disks() {
     load.end();
     end(cluster);
 }
-
-/// Data moves to it under load, with all copies there are, and nothing fails.
-#[test]
-fn a_node_that_joins_gets_its_share() {
-    let Some(cluster) = begin("a_node_that_joins_gets_its_share", 3, 3) else {
-        return;
-    };
-    let load = Load::start(&cluster);
-    load.answers(1000);
-    cluster.lock().unwrap().join(4, true);
-    until("the new node's disk has its share", || {
-        let status = cluster.lock().unwrap().status(1);
-        let has_share = |status: &serde_json::Value| {
-            let mut disks = status["disks"].as_array().unwrap().iter();
-            let used = disks
-                .find(|disk| disk["node"] == "n4")
-                .map(|disk| disk["capacity"].as_u64().unwrap() - disk["free"].as_u64().unwrap());
-            let balance = &status["balance"];
-            used.is_some_and(|used| used > 16 << 20) && balance["moving"] == 0 && balance["left"] == 0
-        };
-        status.as_ref().is_some_and(has_share)
-    });
-    load.answers(1000);
-    let done = load.end();
-    assert_eq!((done.errors, done.moves), (0, 0), "{done:?}");
-    end(cluster);
-}
