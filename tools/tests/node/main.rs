@@ -86,8 +86,6 @@ fn serves_ends_cleanly_and_keeps_its_data() {
     let node = Node::start(&flags);
     runs(&["bench", &place.str("v.sock"), "--verify-only", "--bs", "64K"]);
     assert_eq!(node.terminate(), Some(0));
-    let report = runs(&["disk", "check", &a]);
-    assert!(report.contains("clean"), "what rotted was repaired: {report}");
 }
 
 /// Turns a bit of a block of data: of the last block of the file that has any.
