@@ -406,29 +406,8 @@ mod tests {
     /// Nodes with the sizes of their disks, each node a failure domain.
     fn cluster_of(nodes: &[Vec<u64>]) -> State {
         let mut state = State::default();
-        let mut disk = 0;
         for (number, sizes) in (1u64..).zip(nodes) {
-            let node = NodeId(number);
-            let add = Command::AddNode {
-                node,
-                store: u128::from(number),
-                name: format!("n{number}"),
-                addresses: vec!["[::1]:1".into()],
-                domain: format!("n{number}"),
-                memory: 0,
-                incarnation: 0,
-            };
-            state.apply(&add).unwrap();
-            for gigabytes in sizes {
-                disk += 1;
-                let add = Command::AddDisk {
-                    disk: DiskUuid(disk),
-                    node,
-                    domain: String::new(),
-                    bytes: gigabytes << 30,
-                };
-                state.apply(&add).unwrap();
-            }
+            super::balance::tests::add_node(&mut state, number, sizes);
         }
         state
     }

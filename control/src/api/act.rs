@@ -15,9 +15,9 @@ use unibody_dataplane::geometry::Geometry;
 use super::types::{Attached, Drain, NewVolume, OnNode, Resize, VmDefinition, VmStop};
 use super::{Api, DO, Failure, PASSED_ON, PAUSE, conflict, find_node, name_of, show, wrong};
 use crate::admin::{NodeStatus, VolumeStatus};
-use crate::cluster::LocalRequest;
 use crate::cluster::vms::SECONDS_MAX;
-use crate::planner::{self, balance::Fills};
+use crate::cluster::{LocalRequest, Told};
+use crate::planner;
 use crate::state::{Applied, Command, Disk, NodeId, Refused, State as Control, VmSpec, Volume};
 
 /// Times that a placement is planned anew because disks have come or gone meanwhile.
@@ -76,19 +76,9 @@ pub(super) fn done(_: Applied) -> StatusCode {
 
 /// Disks that nothing new goes to, as far as their nodes answer.
 async fn full(api: &Api, state: &Arc<Control>) -> BTreeSet<Disk> {
-    let said = show::said(api, state).await.into_values();
-    let disks: Vec<_> = said.flat_map(|node| node.disks).collect();
-    let mut fills = Fills::default();
-    for &disk in state.disks.keys() {
-        let uuid = disk.to_string();
-        if let Some(said) = disks
-            .iter()
-            .find(|said| said.uuid == uuid && said.state == "online")
-        {
-            fills.say(disk, said.capacity, said.free);
-        }
-    }
-    fills.full
+    let mut told = Told::default();
+    told.take(state, &show::disks_said(api, state).await);
+    told.fills.full
 }
 
 /// Makes a volume.

@@ -231,9 +231,7 @@ async fn look_at_disks(api: Api, reports: Arc<Reports>) {
         due.tick().await;
         if api.0.cluster.is_leader() {
             let view = api.0.cluster.view();
-            let said = show::said(&api, &view.state).await.into_values();
-            let disks: Vec<_> = said.flat_map(|node| node.disks).collect();
-            reports.say(&view.state, &disks);
+            reports.say(&view.state, &show::disks_said(&api, &view.state).await);
         }
     }
 }

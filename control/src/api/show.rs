@@ -67,6 +67,12 @@ pub(super) async fn said(api: &Api, state: &Arc<Control>) -> Said {
     said
 }
 
+/// What the nodes that answer say of their disks.
+pub(super) async fn disks_said(api: &Api, state: &Arc<Control>) -> Vec<DiskStatus> {
+    let nodes = said(api, state).await.into_values();
+    nodes.flat_map(|node| node.disks).collect()
+}
+
 fn nodes(state: &Control, raft: &raft::Status, said: &Said) -> Vec<NodeSummary> {
     let role = |id: &NodeId| match id {
         id if raft.leader == Some(*id) => "leader",
@@ -134,17 +140,14 @@ fn disks(state: &Control, said: &Said) -> Vec<DiskSummary> {
     summaries
 }
 
-/// Says of which disks nothing can go that is to leave them. Too dear for the stream of changes.
+/// Says of which disks nothing can go that is to leave them, and which are nearly full. Too dear for the stream of changes.
 fn with_stuck(state: &Control, mut disks: Vec<DiskSummary>) -> Vec<DiskSummary> {
     let drained = |record: &DiskRecord| state.nodes.get(&record.node).is_some_and(|node| node.drain);
     for (disk, record) in &state.disks {
-        if (record.out || drained(record)) && !cluster::goes(state, *disk) {
-            let uuid = disk.to_string();
-            let found = disks.iter_mut().filter(|summary| summary.disk.uuid == uuid);
-            found.for_each(|summary| summary.stuck = true);
-        }
+        let stuck = (record.out || drained(record)) && !cluster::goes(state, *disk);
         let uuid = disk.to_string();
         for summary in disks.iter_mut().filter(|summary| summary.disk.uuid == uuid) {
+            summary.stuck |= stuck;
             summary.warning = warning(*disk, &summary.disk);
         }
     }

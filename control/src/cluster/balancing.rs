@@ -28,7 +28,8 @@ pub(crate) struct Told {
 }
 
 impl Told {
-    fn take(&mut self, state: &State, disks: &[DiskStatus]) {
+    /// Takes in what all nodes that answer say of their disks.
+    pub(crate) fn take(&mut self, state: &State, disks: &[DiskStatus]) {
         self.online.clear();
         for &disk in state.disks.keys() {
             let uuid = disk.to_string();
@@ -49,7 +50,7 @@ impl Told {
 pub(crate) struct Reports(Mutex<Option<(Instant, Told)>>);
 
 impl Reports {
-    /// Takes in what all nodes that answer say of their disks.
+    /// See [`Told::take`].
     pub(crate) fn say(&self, state: &State, disks: &[DiskStatus]) {
         let mut last = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         let (at, told) = last.get_or_insert_with(|| (Instant::now(), Told::default()));

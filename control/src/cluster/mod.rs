@@ -47,7 +47,7 @@ use crate::pace::Paces;
 use crate::raft::{Cluster, ClusterError, Lease, Options, Start, View};
 use crate::state::{Applied, Command, NodeId, Refused};
 
-pub(crate) use balancing::Reports;
+pub(crate) use balancing::{Reports, Told};
 pub use config::{ConfigError, JoinToken, NodeConfig, NodeSetup};
 use disks::Disks;
 use door::Inside;

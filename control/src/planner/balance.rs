@@ -332,4 +332,4 @@ pub fn left(state: &State) -> u64 {
 
 #[cfg(test)]
 #[path = "balance_tests.rs"]
-mod tests;
+pub(super) mod tests;

@@ -10,7 +10,8 @@ use super::*;
 use crate::planner;
 use crate::state::{Command, NodeId};
 
-fn add_node(state: &mut State, number: u64, sizes: &[u64]) {
+/// A node that is a failure domain, with disks of so many GiB.
+pub(in crate::planner) fn add_node(state: &mut State, number: u64, sizes: &[u64]) {
     let add = Command::AddNode {
         node: NodeId(number),
         store: u128::from(number),
